@@ -1,0 +1,322 @@
+"""Rounds of draft, verify, keep until every sequence has ended: the one loop that every drafter and the baseline share.
+
+The loop knows nothing of how a tree is drafted. A `Drafter` proposes a tree per sequence, the target scores all of them
+in one pass, the walk decides, the cache keeps what was accepted. Autoregressive decoding is the drafter that proposes
+the root alone. Sequences of a batch accept different lengths and end at different times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specrepro.draft_tree import DraftTree
+from specrepro.target_model import KVCache, Scores, Target, pad
+from specrepro.tree_verify import Verdict, draw, verify_greedy, verify_sample
+
+
+class Drafter(Protocol):
+    """Proposes draft trees; all state it keeps between rounds belongs to one call of `decode`."""
+
+    max_nodes: int  # most nodes of a tree, the root included
+
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, taps: Tensor) -> None:
+        """Start new sequences: prompts (B, n) padded, their lengths (B,), first emitted tokens (B,), taps (B, n, 3H)."""
+
+    def propose(self) -> DraftTree:
+        """One tree per sequence, rooted at its last emitted token."""
+
+    def observe(self, verdict: Verdict, taps: Tensor) -> None:
+        """Learn what was accepted; `taps` (B, N, 3H) belong to the nodes of the tree just proposed."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with the sequences `rows` alone."""
+
+
+class Autoregressive:
+    """Proposes the root alone: one token a pass."""
+
+    max_nodes = 1
+
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, taps: Tensor) -> None:
+        self.roots = roots
+
+    def propose(self) -> DraftTree:
+        return DraftTree.root_only(self.roots)
+
+    def observe(self, verdict: Verdict, taps: Tensor) -> None:
+        self.roots = verdict.bonus
+
+    def select(self, rows: Tensor) -> None:
+        self.roots = self.roots[rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen from logits, by the baseline and by verification alike."""
+
+    temperature: float = 0.0  # 0 decodes greedily
+    top_p: float = 1.0  # nucleus mass kept
+    top_k: int = 0  # candidates kept; 0 keeps all
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or positive")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The distribution sampled from, (..., V) in float32: temperature, then top-k, then top-p."""
+        logits = logits.float() / self.temperature
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        probs = logits.softmax(-1)
+        return probs if self.top_p == 1 else _nucleus(probs, self.top_p)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest most probable tokens whose mass reaches `top_p`, renormalised."""
+    ranked, order = probs.sort(-1, descending=True)
+    is_kept = ranked.cumsum(-1) - ranked < top_p
+    kept = torch.zeros_like(probs).scatter(-1, order, ranked * is_kept)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@dataclass(slots=True)
+class Generation:
+    """One decoded sequence; a batch shares `seconds` and `seconds_by_part`."""
+
+    tokens: list[int]  # new tokens, up to and including the stop token
+    accepted: list[int]  # drafted tokens accepted, per round after prefill
+    drafted: list[int]  # nodes proposed, the root not counted, per round
+    seconds: float  # wall time, prefill included
+    prefill_seconds: float
+    seconds_by_part: dict[str, float] = field(default_factory=dict)  # draft, target, verify, keep, observe
+    gaps: list[float] = field(default_factory=list)  # top-two logit gap at each emitted token, when asked for
+
+    @property
+    def num_passes(self) -> int:
+        """Target passes after prefill."""
+        return len(self.accepted)
+
+    @property
+    def tau(self) -> float:
+        """Tokens emitted per target pass after prefill, the bonus token included; the prefill's own token is left out."""
+        return (len(self.tokens) - 1) / max(self.num_passes, 1)
+
+
+class Clock:
+    """Wall time by part of a round, synchronised with the device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.start = time.perf_counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def elapsed(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = self.elapsed()
+        yield
+        self.seconds[name] += self.elapsed() - began
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The growing output of every sequence; rows of `tokens` and `num_new` are the original ones."""
+
+    tokens: Tensor  # (B, max_new_tokens)
+    num_new: Tensor  # (B,)
+    is_done: Tensor  # (B,) bool
+    accepted: list[list[int]]
+    drafted: list[list[int]]
+    gaps: list[list[float]]
+
+    def append(self, rows: Tensor, emitted: Tensor, counts: Tensor, stop_ids: Tensor) -> None:
+        """Add `counts` (b,) of the tokens `emitted` (b, P) to `rows` (b,), cut at a stop token and at the length limit."""
+        places = torch.arange(emitted.shape[1], device=emitted.device)
+        is_stop = torch.isin(emitted, stop_ids) & (places < counts[:, None])
+        before_stop = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, counts)
+        room = self.tokens.shape[1] - self.num_new[rows]
+        counts = torch.minimum(before_stop, room)
+        slots = self.num_new[rows][:, None] + places
+        is_kept = places < counts[:, None]
+        self.tokens[rows[:, None].expand_as(slots)[is_kept], slots[is_kept]] = emitted[is_kept]
+        self.num_new[rows] += counts
+        self.is_done[rows] = (is_stop & is_kept).any(1) | (self.num_new[rows] == self.tokens.shape[1])
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompt_ids: Sequence[int] | Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | Sequence[int] = 0,
+    ignore_stop: bool = False,
+    record_gaps: bool = False,
+    on_round: Callable[[int], None] | None = None,
+) -> Generation | list[Generation]:
+    """Decode one prompt (a list of ids) or a batch of them; one Generation for one prompt, a list for a batch.
+
+    Draws are keyed by sequence seed and position, so a sampled run repeats the autoregressive run of the same seed.
+    `seed` is one for every sequence (then sequence i uses seed + i) or one each. Raises ValueError for an empty prompt
+    or one that leaves no room in the target's context; `max_new_tokens` is cut to the room there is.
+    """
+    is_single = bool(prompt_ids) and isinstance(prompt_ids[0], int)
+    prompts = [list(prompt_ids)] if is_single else [list(prompt) for prompt in prompt_ids]
+    sampling = Sampling(temperature, top_p, top_k)
+    max_new_tokens = _room(target, prompts, max_new_tokens)
+    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    uniforms = None if sampling.is_greedy else position_uniforms(seeds, max_new_tokens + drafter.max_nodes, target.device)
+    stop_ids = target.stop_ids[:0] if ignore_stop else target.stop_ids
+    loop = _Loop(target, drafter, sampling, uniforms, stop_ids, record_gaps)
+    generations = loop.run(prompts, max_new_tokens, on_round)
+    return generations[0] if is_single else generations
+
+
+def decode_autoregressively(
+    target: Target, prompt_ids: Sequence[int] | Sequence[Sequence[int]], **options: object
+) -> Generation | list[Generation]:
+    """The baseline: one token a pass through the very same loop, cache and attention. Options as in `decode`."""
+    return decode(target, Autoregressive(), prompt_ids, **options)
+
+
+def position_uniforms(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
+    """(B, length) draws in [0, 1), row b from its own seed: the same whatever the batch and whatever is drafted."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def fill_gaps(is_kept: Tensor) -> Tensor:
+    """Order of the kept rows that moves the fewest: the last ones take the places of those that go."""
+    num_kept = int(is_kept.sum())
+    order = torch.arange(num_kept, device=is_kept.device)
+    order[~is_kept[:num_kept]] = is_kept[num_kept:].nonzero()[:, 0] + num_kept
+    return order
+
+
+def _room(target: Target, prompts: list[list[int]], max_new_tokens: int) -> int:
+    if not prompts or not all(prompts):
+        raise ValueError("nothing to continue: a prompt is empty")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    longest = max(map(len, prompts))
+    if longest >= target.max_context:
+        raise ValueError(
+            f"a prompt has {longest} tokens but the context of {target.name} ends at {target.max_context}; shorten the prompt"
+        )
+    return min(max_new_tokens, target.max_context - longest)
+
+
+class _Loop:
+    """One call of `decode`: the parts that stay the same from round to round."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter, sampling: Sampling, uniforms: Tensor | None, stop_ids: Tensor, record_gaps: bool
+    ):
+        self.target, self.drafter, self.sampling = target, drafter, sampling
+        self.uniforms, self.stop_ids, self.record_gaps = uniforms, stop_ids, record_gaps
+        self.clock = Clock(target.device)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], max_new_tokens: int, on_round: Callable[[int], None] | None) -> list[Generation]:
+        batch, rows, cache = self._begin(prompts, max_new_tokens)
+        prefill_seconds = self.clock.elapsed()
+        while not batch.is_done.all():
+            if batch.is_done[rows].any():
+                rows, cache = self._drop_ended(batch, rows, cache)
+            num_before = int(batch.num_new.sum())
+            self._round(batch, rows, cache)
+            if on_round is not None:
+                on_round(int(batch.num_new.sum()) - num_before)
+        return self._generations(batch, prefill_seconds)
+
+    def _begin(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[_Batch, Tensor, KVCache]:
+        tokens, lengths = pad(prompts, self.target.device)
+        capacity = tokens.shape[1] + max_new_tokens + self.drafter.max_nodes
+        with self.clock.part("prefill"):
+            cache, scores = self.target.prefill(prompts, capacity)
+        rows = torch.arange(len(prompts), device=self.target.device)
+        new_tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=rows.device)
+        is_done = torch.zeros(len(prompts), dtype=torch.bool, device=rows.device)
+        batch = _Batch(new_tokens, torch.zeros_like(rows), is_done, *([[] for _ in prompts] for _ in range(3)))
+        roots = self._first_tokens(scores)
+        batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
+        self._note_gaps(batch, rows, scores.logits, torch.zeros_like(rows)[:, None])
+        self.drafter.begin(tokens, lengths, roots, scores.taps)
+        return batch, rows, cache
+
+    def _first_tokens(self, scores: Scores) -> Tensor:
+        if self.sampling.is_greedy:
+            return scores.logits[:, 0].argmax(-1)
+        return draw(self.sampling.probs(scores.logits[:, 0]), self.uniforms[:, 0])
+
+    def _drop_ended(self, batch: _Batch, rows: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        going_on = fill_gaps(~batch.is_done[rows])
+        self.drafter.select(going_on)
+        return rows[going_on], cache.select(going_on)
+
+    def _round(self, batch: _Batch, rows: Tensor, cache: KVCache) -> None:
+        with self.clock.part("draft"):
+            tree = self.drafter.propose()
+        with self.clock.part("target"):
+            scores = self.target.verify(cache, tree)
+        with self.clock.part("verify"):
+            verdict = self._judge(tree, scores, rows, batch.num_new[rows])
+        with self.clock.part("keep"):
+            self.target.keep(cache, verdict)
+        with self.clock.part("observe"):
+            self.drafter.observe(verdict, scores.taps)
+        batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
+        self._note_gaps(batch, rows, scores.logits, verdict.path)
+        counts = zip(rows.tolist(), verdict.num_accepted.tolist(), tree.num_nodes.tolist(), strict=True)
+        for row, num_accepted, num_nodes in counts:
+            batch.accepted[row].append(num_accepted)
+            batch.drafted[row].append(num_nodes - 1)
+
+    def _judge(self, tree: DraftTree, scores: Scores, rows: Tensor, num_new: Tensor) -> Verdict:
+        if self.sampling.is_greedy:
+            return verify_greedy(tree, scores.logits.argmax(-1))
+        here = torch.arange(len(rows), device=rows.device)
+        uniforms = self.uniforms[rows].gather(1, num_new[:, None] + tree.depths())
+        return verify_sample(tree, lambda nodes: self.sampling.probs(scores.logits[here, nodes]), uniforms)
+
+    def _note_gaps(self, batch: _Batch, rows: Tensor, logits: Tensor, path: Tensor) -> None:
+        """Record how far the chosen token's logit led, for the audit of half-precision ties."""
+        if not self.record_gaps:
+            return
+        best = logits.float().topk(2, -1).values
+        gaps = (best[..., 0] - best[..., 1]).gather(1, path.clamp_min(0))
+        for row, gap, nodes in zip(rows.tolist(), gaps.tolist(), path.tolist(), strict=True):
+            batch.gaps[row] += [g for g, node in zip(gap, nodes, strict=True) if node >= 0]
+
+    def _generations(self, batch: _Batch, prefill_seconds: float) -> list[Generation]:
+        seconds = self.clock.elapsed()
+        parts = dict(self.clock.seconds)
+        return [
+            Generation(tokens[:count], accepted, drafted, seconds, prefill_seconds, parts, gaps[:count])
+            for tokens, count, accepted, drafted, gaps in zip(
+                batch.tokens.tolist(), batch.num_new.tolist(), batch.accepted, batch.drafted, batch.gaps, strict=True
+            )
+        ]

@@ -1,0 +1,206 @@
+"""The loop that every trained drafter shares: optimiser, schedule, checkpoint, resume, several processes.
+
+A drafter brings its module, a loss over a batch and its batches; the loop brings the rest. A run is a function of its
+seed: stopped and resumed, it ends in the same state as a run that was never stopped. Under `torchrun` every process
+takes its share of each batch and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from specrepro import checkpoints
+
+STATE, LOG = "training_state.safetensors", "log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """Optimisation; defaults are EAGLE-3's (section 4 and its released trainer)."""
+
+    learning_rate: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 0.5  # gradient norm
+    warmup_steps: int = 100
+    total_steps: int = 1000
+    final_fraction: float = 0.05  # of the learning rate, at the end of the cosine
+    save_seconds: float = 300.0
+    evaluate_every: int = 0  # steps between evaluations; 0 evaluates at the end alone
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step`: linear warm-up, then a cosine down to `final_fraction`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+
+Loss = Callable[[object], tuple[Tensor, dict[str, float]]]  # batch -> loss, what to log
+Batches = Callable[[int], object]  # step -> this process's share of the batch
+
+
+def train(
+    module: nn.Module,
+    batch_at: Batches,
+    loss_of: Loss,
+    config: LoopConfig,
+    folder: Path,
+    *,
+    score: Callable[[nn.Module], float] | None = None,
+    resume: bool = False,
+    identity: dict[str, object] | None = None,
+) -> nn.Module:
+    """Train `module` for `config.total_steps`; keep the state with the highest `score` in `folder`/best.safetensors.
+
+    `score` measures the drafter as it will be used (tau on held-out prompts), since the loss goes on falling after tau
+    has peaked. `identity` says what else the run depends on (corpus hash, sizes): a resumed run must have the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(module, config, folder, dict(identity or {}) | {"loop": json.loads(json.dumps(asdict(config)))})
+    first_step = run.restore() if resume else 0
+    run.write_identity()
+    bar = tqdm(range(first_step, config.total_steps), initial=first_step, total=config.total_steps, desc=folder.name)
+    for step in bar:
+        metrics = _step(module, run.optimizer, batch_at(step), loss_of, config, step)
+        run.log(step, metrics)
+        bar.set_postfix({name: round(value, 3) for name, value in metrics.items()}, refresh=False)
+        run.finish_step(step, score)
+    run.restore_best()
+    return module
+
+
+def _step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, batch: object, loss_of: Loss, config: LoopConfig, step: int
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate(step)
+    loss, metrics = loss_of(batch)
+    loss.backward()
+    average_gradients(module)
+    norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss.item(), "gradient_norm": norm.item()} | metrics
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Mean of the gradients over all processes; nothing where there is one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes) under torchrun, joined over gloo; (0, 1) otherwise."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+class _Run:
+    """What a training run leaves in its folder."""
+
+    def __init__(self, module: nn.Module, config: LoopConfig, folder: Path, identity: dict[str, object]):
+        self.module, self.config, self.folder, self.identity = module, config, folder, identity
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.best, self.saved_at = -math.inf, time.monotonic()
+        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+
+    def write_identity(self) -> None:
+        if self.is_first:
+            checkpoints.write_text(self.folder / "identity.json", json.dumps(self.identity, indent=2) + "\n")
+
+    def restore(self) -> int:
+        """Load the saved state and return the step to go on with; 0 where there is none."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return 0
+        saved = json.loads((self.folder / "identity.json").read_text())
+        if changed := {k for k in saved.keys() | self.identity.keys() if saved.get(k) != self.identity.get(k)}:
+            differences = "; ".join(f"{k}: {saved.get(k)} then, {self.identity.get(k)} now" for k in sorted(changed))
+            raise ValueError(f"cannot resume {self.folder}: {differences}. Drop --resume or restore the setting")
+        tensors = checkpoints.load_tensors(path)
+        self.best = tensors.pop("best").item()
+        step = int(tensors.pop("step"))
+        self._set_tensors(tensors)
+        self._cut_log(step)
+        return step
+
+    def _cut_log(self, step: int) -> None:
+        path = self.folder / LOG
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
+            checkpoints.write_text(path, "".join(line + "\n" for line in lines))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"module.{name}": p for name, p in self.module.named_parameters() if p.requires_grad}
+        for name, p in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
+
+    def _set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.module.named_parameters():
+                if f"module.{name}" in tensors:
+                    p.copy_(tensors[f"module.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.step.{name}" in tensors:
+                    self.optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.is_first:
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps({"step": step} | metrics) + "\n")
+
+    def finish_step(self, step: int, score: Callable[[nn.Module], float] | None) -> None:
+        """Evaluate and save where it is time to."""
+        is_last = step + 1 == self.config.total_steps
+        every = self.config.evaluate_every
+        if score is not None and (is_last or (every and (step + 1) % every == 0)):
+            self._keep_if_best(step, score)
+        if self.is_first and (is_last or time.monotonic() - self.saved_at > self.config.save_seconds):
+            self.save(step + 1)
+
+    def save(self, next_step: int) -> None:
+        scalars = {"step": torch.tensor(next_step), "best": torch.tensor(self.best, dtype=torch.float64)}
+        checkpoints.save_tensors(self.folder / STATE, self._tensors() | scalars)
+        self.saved_at = time.monotonic()
+
+    def _keep_if_best(self, step: int, score: Callable[[nn.Module], float]) -> None:
+        value = score(self.module)
+        self.log(step, {"score": value})
+        if value > self.best and self.is_first:
+            self.best = value
+            checkpoints.save_tensors(self.folder / "best.safetensors", dict(self.module.named_parameters()))
+
+    def restore_best(self) -> None:
+        path = self.folder / "best.safetensors"
+        if path.is_file():
+            best = checkpoints.load_tensors(path)
+            with torch.no_grad():
+                for name, p in self.module.named_parameters():
+                    p.copy_(best[name])
