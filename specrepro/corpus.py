@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +22,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from specrepro import prompts, target_model
-from specrepro.decoding import decode_autoregressively
-from specrepro.target_model import Target
+from specrepro import checkpoints, prompts, target_model
+from specrepro.decoding import Autoregressive, decode
+from specrepro.target_model import Scores, Target, pad
+from specrepro.tree_verify import Verdict
 
+COMMITTED = Path(__file__).parent.parent / "corpus" / "smollm2"
+ANSWERS = "answers.parquet"
 TEMPERATURES = (0.0, 1.0)  # batches of answers alternate between them
 
 
@@ -33,9 +37,24 @@ class Answer:
     """One prompt answered by the target."""
 
     prompt_id: str
+    prompt_tokens: int  # length of the prompt under the target's template
     temperature: float
     seed: int
     tokens: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The frozen target's view of n consecutive tokens."""
+
+    taps: Tensor  # (n, 3H)
+    hidden: Tensor  # (n, H) final state
+    choices: Tensor  # (n,) most probable next token
 
 
 def generate(
@@ -44,34 +63,28 @@ def generate(
     folder: Path,
     *,
     max_new_tokens: int = 256,
-    max_prompt_tokens: int = 384,
+    max_prompt_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
-    max_seconds: float = float("inf"),
 ) -> Path:
-    """Answer `questions` in batches, appending to `folder`/answers-<rank>.jsonl; a second call goes on where it stopped.
+    """Answer `questions` in batches into `folder`/part-<rank>; a second call goes on where it stopped.
 
     Batches alternate between greedy and temperature 1; each of `num_ranks` processes takes every num_ranks-th batch.
+    The features that the target computes while answering are kept beside the answers, so training need not run it again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"answers-{rank}.jsonl"
-    done = {answer.prompt_id for answer in _reopen(path)}
+    part = Part(folder / f"part-{rank}", target.hidden_size)
+    done = {answer.prompt_id for answer in part.reopen()}
     batches = list(_batches(target, questions, max_prompt_tokens, batch_size))[rank::num_ranks]
     began, num_tokens = time.perf_counter(), 0
-    with path.open("a") as file, tqdm(total=len(batches), desc=f"corpus, process {rank}", unit="batch") as bar:
+    with tqdm(total=len(batches), desc=f"corpus, process {rank}", unit="batch") as bar:
         for number, (ids, encoded) in enumerate(batches):
             if not done.issuperset(ids):
-                answers = _answer(target, ids, encoded, TEMPERATURES[number % 2], seed, max_new_tokens)
-                file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
-                file.flush()
-                num_tokens += sum(len(answer.tokens) for answer in answers)
+                num_tokens += _answer(target, part, ids, encoded, TEMPERATURES[number % 2], seed, max_new_tokens)
                 bar.set_postfix(tokens_per_second=round(num_tokens / (time.perf_counter() - began)))
             bar.update()
-            if time.perf_counter() - began > max_seconds:
-                break
-    return path
+    return part.folder
 
 
 def _batches(
@@ -89,16 +102,58 @@ def _batches(
 
 
 def _answer(
-    target: Target, ids: list[str], encoded: list[list[int]], temperature: float, seed: int, max_new_tokens: int
-) -> list[Answer]:
+    target: Target, part: Part, ids: list[str], encoded: list[list[int]], temperature: float, seed: int, max_new_tokens: int
+) -> int:
+    """Answer one batch, keep answers and features, and return how many tokens were written."""
     seeds = [_seed_of(prompt_id, seed) for prompt_id in ids]
-    generations = decode_autoregressively(
-        target, encoded, max_new_tokens=max_new_tokens, temperature=temperature, seed=seeds
-    )
-    return [
-        Answer(prompt_id, temperature, own_seed, generation.tokens)
-        for prompt_id, own_seed, generation in zip(ids, seeds, generations, strict=True)
+    recorder = FeatureRecorder()
+    generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, temperature=temperature, seed=seeds)
+    answers = [
+        Answer(prompt_id, len(prompt), temperature, own_seed, generation.tokens)
+        for prompt_id, prompt, own_seed, generation in zip(ids, encoded, seeds, generations, strict=True)
     ]
+    part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
+    return sum(len(answer.tokens) for answer in answers)
+
+
+class FeatureRecorder(Autoregressive):
+    """Decodes one token a pass and remembers what the target computed on the way."""
+
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
+        super().begin(prompts, lengths, roots, scores)
+        self.rows = torch.arange(len(roots), device=roots.device)
+        self.lengths, self.prefill = lengths, scores
+        self.passes: list[tuple[Tensor, Features]] = []
+
+    def observe(self, verdict: Verdict, scores: Scores) -> None:
+        super().observe(verdict, scores)
+        one = Features(scores.taps[:, 0], scores.hidden[:, 0], scores.logits[:, 0].argmax(-1))
+        self.passes.append((self.rows, one))
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.rows = self.rows[rows]
+
+    def features(self, num_tokens: list[int]) -> list[Features]:
+        """Per sequence, the features of its `num_tokens` tokens; those of the last one, which was never read, are zero."""
+        found = []
+        last_choice = self.prefill.logits[:, 0].argmax(-1)
+        for row, total in enumerate(num_tokens):
+            n = int(self.lengths[row])
+            whole = Features(
+                self.prefill.taps.new_zeros(total, self.prefill.taps.shape[-1]),
+                self.prefill.hidden.new_zeros(total, self.prefill.hidden.shape[-1]),
+                torch.zeros(total, dtype=torch.long),
+            )
+            whole.taps[:n], whole.hidden[:n] = self.prefill.taps[row, :n], self.prefill.hidden[row, :n]
+            whole.choices[n - 1] = last_choice[row]
+            found.append(whole)
+        for step, (rows, one) in enumerate(self.passes):
+            for place, row in enumerate(rows.tolist()):
+                at = int(self.lengths[row]) + step
+                whole = found[row]
+                whole.taps[at], whole.hidden[at], whole.choices[at] = one.taps[place], one.hidden[place], one.choices[place]
+        return found
 
 
 def _seed_of(prompt_id: str, seed: int) -> int:
@@ -106,26 +161,241 @@ def _seed_of(prompt_id: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()[:6], "big")
 
 
-def _reopen(path: Path) -> list[Answer]:
-    """The answers there are, once a last line torn by an interruption has been cut off."""
-    if not path.exists():
-        return []
-    whole = path.read_bytes()
-    with path.open("r+b") as file:
-        file.truncate(whole.rfind(b"\n") + 1)
-    return read_answers(path)
+class Part:
+    """Answers and their features as one process appends them: answers.jsonl and raw bits, in the same order.
+
+    Features are written first, so after an interruption they are cut back to the answers there are.
+    """
+
+    def __init__(self, folder: Path, hidden_size: int):
+        self.folder, self.hidden_size = folder, hidden_size
+        folder.mkdir(parents=True, exist_ok=True)
+        self.answers_path = folder / "answers.jsonl"
+        self.columns = {"taps": (3 * hidden_size, np.uint16), "hidden": (hidden_size, np.uint16), "choices": (1, np.int32)}
+
+    def reopen(self) -> list[Answer]:
+        """The whole answers there are; what an interruption left unfinished is cut off."""
+        whole = self.answers_path.read_bytes() if self.answers_path.exists() else b""
+        _cut(self.answers_path, whole.rfind(b"\n") + 1)
+        answers = self.answers()
+        for name, (width, dtype) in self.columns.items():
+            _cut(self.folder / name, sum(a.num_tokens for a in answers) * width * np.dtype(dtype).itemsize)
+        return answers
+
+    def answers(self) -> list[Answer]:
+        """In the order of the features; a last line still being written is left out."""
+        lines = self.answers_path.read_text().split("\n")[:-1]
+        return [Answer(**json.loads(line)) for line in lines]
+
+    def append(self, answers: Sequence[Answer], features: Sequence[Features]) -> None:
+        """Add whole sequences."""
+        for name in self.columns:
+            with (self.folder / name).open("ab") as file:
+                for one in features:
+                    file.write(_bits(getattr(one, name)).tobytes())
+        with self.answers_path.open("a") as file:
+            file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
+
+    def read(self, name: str) -> np.memmap:
+        """One column of features, memory-mapped: (tokens, width)."""
+        width, dtype = self.columns[name]
+        return np.memmap(self.folder / name, dtype=dtype, mode="r").reshape(-1, width)
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """The answers of one jsonl file; a last line torn by an interruption is dropped."""
-    lines = path.read_text().split("\n")
-    return [Answer(**json.loads(line)) for line in lines[:-1] if line]
+def _cut(path: Path, size: int) -> None:
+    with path.open("ab") as file:
+        file.truncate(size)
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """bfloat16 as its raw bits; integers as int32."""
+    if not x.is_floating_point():
+        return x.int().cpu().numpy()
+    return x.to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
+
+
+def _from_bits(bits: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(bits)).view(torch.bfloat16)
+
+
+def pack(folder: Path, destination: Path, about: dict[str, object]) -> Path:
+    """Gather `folder`/part-*/answers.jsonl into `destination`/answers.parquet with a card naming hash, counts and command."""
+    answers = [answer for path in sorted(folder.glob("part-*")) for answer in Part(path, 0).answers()]
+    if not answers:
+        raise ValueError(f"no answers in {folder}; generate some first: python -m specrepro.corpus generate {folder}")
+    frame = pd.DataFrame([asdict(answer) for answer in answers]).sort_values("prompt_id", ignore_index=True)
+    frame["tokens"] = frame["tokens"].map(lambda tokens: np.asarray(tokens, dtype=np.uint32))
+    destination.mkdir(parents=True, exist_ok=True)
+    frame.to_parquet(destination / ANSWERS, compression="zstd", index=False)
+    corpus = load(destination)
+    card = {"hash": corpus.hash, "num_answers": len(answers), "num_tokens": corpus.num_tokens} | about
+    checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
+    return destination
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Answers of the target, ordered by prompt id."""
+
+    answers: list[Answer]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over prompt ids, temperatures and tokens: what training depends on."""
+        digest = hashlib.sha256()
+        for answer in self.answers:
+            digest.update(f"{answer.prompt_id} {answer.temperature} ".encode())
+            digest.update(np.asarray(answer.tokens, dtype="<u4").tobytes())
+        return digest.hexdigest()
+
+    def first(self, num_answers: int | None) -> Corpus:
+        """A fair sample: prompts are in the order of their ids' hash."""
+        ranked = sorted(self.answers, key=lambda answer: hashlib.sha256(answer.prompt_id.encode()).digest())
+        return Corpus(ranked[:num_answers])
+
+
+def has_answers(folder: Path) -> bool:
+    return (folder / ANSWERS).is_file()
+
+
+def load(folder: Path) -> Corpus:
+    """The packed corpus of a folder; a ValueError names what is missing."""
+    path = folder / ANSWERS
+    if not path.is_file():
+        raise ValueError(f"no corpus at {folder}: {ANSWERS} is missing; make one with --from-scratch")
+    rows = pd.read_parquet(path).to_dict("records")
+    return Corpus([Answer(**row | {"tokens": row["tokens"].tolist()}) for row in rows])
+
+
+class FeatureCache:
+    """Sequences with the target's features, read from the parts that generation or `recompute` wrote."""
+
+    def __init__(self, folder: Path, hidden_size: int, max_sequences: int | None = None):
+        parts = [Part(path, hidden_size) for path in sorted(folder.glob("part-*"))]
+        self._places: list[tuple[Part, int, Answer]] = []
+        for part in parts:
+            answers = part.answers()
+            starts = np.cumsum([0] + [answer.num_tokens for answer in answers])
+            self._places += [(part, int(start), answer) for start, answer in zip(starts, answers, strict=False)]
+        self._places.sort(key=lambda place: hashlib.sha256(place[2].prompt_id.encode()).digest())
+        self._places = self._places[:max_sequences]
+        self._columns = {(part.folder, name): part.read(name) for part in parts for name in part.columns}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [answer for _, _, answer in self._places]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def hash(self) -> str:
+        return Corpus(sorted(self.answers, key=lambda answer: answer.prompt_id)).hash
+
+    def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> tuple[Tensor, ...]:
+        """Sequences `ids`, padded: tokens, is_answer, choices (b, n), taps (b, n, 3H), hidden (b, n, H)."""
+        parts = [self._one(*self._places[i], prompt_ids) for i in ids]
+        return tuple(torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*parts, strict=True))
+
+    def _one(self, part: Part, start: int, answer: Answer, prompt_ids: dict[str, list[int]]) -> tuple[Tensor, ...]:
+        place = slice(start, start + answer.num_tokens)
+        taps, hidden, choices = (self._columns[part.folder, name][place] for name in ("taps", "hidden", "choices"))
+        prompt = prompt_ids[answer.prompt_id]
+        assert len(prompt) == answer.prompt_tokens, f"{answer.prompt_id} was answered under another chat template"
+        tokens = torch.tensor(prompt + answer.tokens)
+        is_answer = torch.arange(len(tokens)) >= len(prompt)
+        return tokens, is_answer, torch.from_numpy(choices[:, 0].astype(np.int64)), _from_bits(taps), _from_bits(hidden)
+
+
+def prompt_ids(tokenizer: object, answers: Sequence[Answer]) -> dict[str, list[int]]:
+    """Token ids of each answer's prompt, rebuilt from the prompt's id."""
+    questions = {question.id: question for question in prompts.training_prompts()}
+    if unknown := [answer.prompt_id for answer in answers if answer.prompt_id not in questions]:
+        raise ValueError(f"the corpus answers prompt {unknown[0]!r}, which is not among the training prompts")
+    return {answer.prompt_id: prompts.encode(tokenizer, questions[answer.prompt_id]) for answer in answers}
+
+
+@torch.inference_mode()
+def recompute(target: Target, answers: Sequence[Answer], folder: Path, batch_tokens: int = 8192) -> Path:
+    """Run the target over packed answers whose features are not on this machine; goes on where it stopped."""
+    part = Part(folder / "part-0", target.hidden_size)
+    done = {answer.prompt_id for answer in part.reopen()}
+    _check_room(folder, sum(answer.num_tokens for answer in answers) * (8 * target.hidden_size + 4))
+    ids = prompt_ids(target.tokenizer, answers)
+    waiting = sorted((a for a in answers if a.prompt_id not in done), key=lambda a: a.num_tokens)
+    groups = _groups([answer.num_tokens for answer in waiting], batch_tokens)
+    for group in tqdm(groups, desc="target features", unit="batch"):
+        chosen = [waiting[place] for place in group]
+        tokens, lengths = pad([ids[answer.prompt_id] + answer.tokens for answer in chosen], target.device)
+        taps, hidden = target.features(tokens)
+        part.append(chosen, [_one_of(target, taps[i, :n], hidden[i, :n]) for i, n in enumerate(lengths.tolist())])
+    return folder
+
+
+def _one_of(target: Target, taps: Tensor, hidden: Tensor) -> Features:
+    return Features(taps, hidden, target.logits(hidden).argmax(-1))
+
+
+def shuffled_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of like length holding at most `batch_tokens` padded tokens, in an order drawn from seed and epoch."""
+    rng = np.random.default_rng((seed, epoch))
+    jittered = np.asarray(lengths) * rng.uniform(0.9, 1.1, len(lengths))
+    order = np.argsort(jittered)
+    groups = _groups([lengths[i] for i in order], batch_tokens)
+    batches = [[int(order[place]) for place in group] for group in groups]
+    rng.shuffle(batches)
+    return batches
+
+
+def num_batches(answers: Sequence[Answer], batch_tokens: int, epochs: float) -> int:
+    """How many batches so many epochs take."""
+    return round(epochs * len(shuffled_batches([answer.num_tokens for answer in answers], batch_tokens, 0, 0)))
+
+
+def batch_order(answers: Sequence[Answer], batch_tokens: int, seed: int, num_batches: int) -> list[list[int]]:
+    """The first `num_batches` batches of as many epochs as they take."""
+    lengths = [answer.num_tokens for answer in answers]
+    batches: list[list[int]] = []
+    while len(batches) < num_batches:
+        epoch = len(batches)  # any number that differs from epoch to epoch
+        batches += shuffled_batches(lengths, batch_tokens, seed, epoch)
+    return batches[:num_batches]
+
+
+def _groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Consecutive places whose padded size stays within `batch_tokens`; one at least in each group."""
+    groups: list[list[int]] = [[]]
+    longest = 0
+    for place, length in enumerate(lengths):
+        longest = max(longest, length)
+        if groups[-1] and longest * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+            longest = length
+        groups[-1].append(place)
+    return groups
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()):
+        raise OSError(
+            f"the features of this corpus take {num_bytes / 1e9:.1f} GB but {folder} has {free / 1e9:.1f} GB free;"
+            " set SPECREPRO_CACHE to a larger disk"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.corpus`: generate answers, one process of several."""
     parser = argparse.ArgumentParser(prog="python -m specrepro.corpus", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where answers-<rank>.jsonl goes; a second call goes on there")
+    parser.add_argument("folder", type=Path, help="where part-<rank> goes; a second call goes on there")
     parser.add_argument("--target", default="smollm2", help="smollm2, a Hub id or a folder")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--num-ranks", type=int, default=1)

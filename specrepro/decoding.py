@@ -27,14 +27,14 @@ class Drafter(Protocol):
 
     max_nodes: int  # most nodes of a tree, the root included
 
-    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, taps: Tensor) -> None:
-        """Start new sequences: prompts (B, n) padded, their lengths (B,), first emitted tokens (B,), taps (B, n, 3H)."""
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
+        """Start new sequences: prompts (B, n) padded, lengths (B,), first emitted tokens (B,), the prefill's scores."""
 
     def propose(self) -> DraftTree:
         """One tree per sequence, rooted at its last emitted token."""
 
-    def observe(self, verdict: Verdict, taps: Tensor) -> None:
-        """Learn what was accepted; `taps` (B, N, 3H) belong to the nodes of the tree just proposed."""
+    def observe(self, verdict: Verdict, scores: Scores) -> None:
+        """Learn what was accepted; `scores` belong to the nodes of the tree just proposed."""
 
     def select(self, rows: Tensor) -> None:
         """Go on with the sequences `rows` alone."""
@@ -45,13 +45,13 @@ class Autoregressive:
 
     max_nodes = 1
 
-    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, taps: Tensor) -> None:
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
         self.roots = roots
 
     def propose(self) -> DraftTree:
         return DraftTree.root_only(self.roots)
 
-    def observe(self, verdict: Verdict, taps: Tensor) -> None:
+    def observe(self, verdict: Verdict, scores: Scores) -> None:
         self.roots = verdict.bonus
 
     def select(self, rows: Tensor) -> None:
@@ -264,7 +264,7 @@ class _Loop:
         roots = self._first_tokens(scores)
         batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, torch.zeros_like(rows)[:, None])
-        self.drafter.begin(tokens, lengths, roots, scores.taps)
+        self.drafter.begin(tokens, lengths, roots, scores)
         return batch, rows, cache
 
     def _first_tokens(self, scores: Scores) -> Tensor:
@@ -287,7 +287,7 @@ class _Loop:
         with self.clock.part("keep"):
             self.target.keep(cache, verdict)
         with self.clock.part("observe"):
-            self.drafter.observe(verdict, scores.taps)
+            self.drafter.observe(verdict, scores)
         batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, verdict.path)
         counts = zip(rows.tolist(), verdict.num_accepted.tolist(), tree.num_nodes.tolist(), strict=True)

@@ -117,6 +117,62 @@ def join_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def best_score(folder: Path) -> float:
+    """The highest score that a run's log holds."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return max((line["score"] for line in lines if "score" in line), default=math.nan)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """`soft_cross_entropy` without ever holding all logits.
+
+    Rows are taken in chunks that stay in the processor's cache; the gradient is formed while the logits are there.
+    """
+
+    CHUNK = 256
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """states (M, H), weight (V, H), teacher logits (any, V), which of them belong to the states (M,).
+
+        Returns the loss and the top-1 agreement with the teacher (M,).
+        """
+        narrow = weight.to(teacher.dtype)
+        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=torch.float32)
+        loss, agrees = states.new_zeros((), dtype=torch.float32), torch.empty(len(states), device=states.device)
+        for start in range(0, len(states), _SoftCrossEntropy.CHUNK):
+            part = slice(start, start + _SoftCrossEntropy.CHUNK)
+            chunk = states[part].to(narrow.dtype)
+            log_q = (chunk @ narrow.T).float().log_softmax(-1)
+            p = teacher[rows[part]].float().softmax(-1)
+            loss -= torch.dot(p.flatten(), log_q.flatten())
+            agrees[part] = (log_q.argmax(-1) == p.argmax(-1)).float()
+            grad_logits = log_q.exp_().sub_(p).to(narrow.dtype)
+            grad_states[part] = (grad_logits @ narrow).to(states.dtype)
+            grad_weight += grad_logits.T @ chunk
+        ctx.save_for_backward(grad_states, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(agrees)
+        return loss, agrees
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_states, grad_weight = ctx.saved_tensors
+        return grad_states * grad.to(grad_states.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
+
+
+def soft_cross_entropy(states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of -sum_v p(v) log q(v), q from `states` (M, H) by a head (V, H), p from `teacher` logits (any, V).
+
+    `rows` (M,) says which teacher row belongs to each state. Also the top-1 agreement of each row (M,).
+    """
+    return _SoftCrossEntropy.apply(states, weight, teacher, rows)
+
+
 class _Run:
     """What a training run leaves in its folder."""
 
@@ -127,7 +183,7 @@ class _Run:
             parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.best, self.saved_at = -math.inf, time.monotonic()
-        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self.is_first = is_first_process()
 
     def write_identity(self) -> None:
         if self.is_first:

@@ -12,16 +12,35 @@ Departs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
+from specrepro import checkpoints, corpus, draft_training, prompts
+from specrepro.decoding import decode
+from specrepro.draft_training import soft_cross_entropy
 from specrepro.draft_tree import ROOT, DraftTree, keep_best
-from specrepro.target_model import Target
+from specrepro.target_model import EMBEDDED, Scores, Target
+from specrepro.target_model import load as load_target
 from specrepro.tree_verify import Verdict, attention_mask, packed_attention, prefix_mask, store_tree
+
+CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "eagle3"
+OVERRIDES = Path(__file__).parent / "embedded.yaml"
+RELEASED_FIELDS = {  # what the released config.json says of every head
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,44 +137,6 @@ def test_time_attention(
     return out.reshape(b, m, Hq, D)
 
 
-class SoftCrossEntropy(torch.autograd.Function):
-    """Soft cross-entropy of a linear head, without ever holding all logits: sum over rows of -sum_v p(v) log q(v).
-
-    Rows are taken in chunks that stay in the processor's cache; the gradient is formed while the logits are there.
-    """
-
-    CHUNK = 512
-
-    @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """states (M, H), weight (V, H), teacher logits (M, V) -> loss sum, top-1 agreement (M,), overlap (M,)."""
-        narrow = weight.to(teacher.dtype)
-        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=torch.float32)
-        loss = torch.zeros((), device=states.device)
-        agrees, overlap = torch.zeros(len(states)), torch.zeros(len(states))
-        for start in range(0, len(states), SoftCrossEntropy.CHUNK):
-            part = slice(start, start + SoftCrossEntropy.CHUNK)
-            chunk = states[part].to(narrow.dtype)
-            log_q = (chunk @ narrow.T).float().log_softmax(-1)
-            p = teacher[part].float().softmax(-1)
-            loss += torch.dot(p.flatten(), log_q.flatten()).neg()
-            agrees[part] = (log_q.argmax(-1) == p.argmax(-1)).float()
-            q = log_q.exp_()
-            overlap[part] = torch.minimum(p, q).sum(-1)
-            grad_logits = q.sub_(p).to(narrow.dtype)
-            grad_states[part] = (grad_logits @ narrow).to(states.dtype)
-            grad_weight += (grad_logits.T @ chunk).float()
-        ctx.save_for_backward(grad_states, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(agrees, overlap)
-        return loss, agrees, overlap
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_states, grad_weight = ctx.saved_tensors
-        return grad_states * grad.to(grad_states.dtype), (grad_weight * grad).to(ctx.weight_dtype), None
-
-
 # --- the head
 
 
@@ -235,13 +216,16 @@ class DraftHead(nn.Module):
         ids = torch.arange(self.config.draft_vocab_size, device=self.fc.weight.device)
         return ids + self.d2t if hasattr(self, "d2t") else ids
 
-    def project(self, embeddings: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (..., Hq, D), rotated keys and values (..., Hkv, D) of rows at `positions` (...)."""
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotated queries (..., Hq, D) of mixed inputs x (..., 2H) at `positions` (...)."""
+        q = self.midlayer.self_attn.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
+        return rotate(q, *self.rotary(positions))
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (..., Hkv, D) of mixed inputs x (..., 2H) at `positions` (...)."""
         attention, D = self.midlayer.self_attn, self.config.head_dim
-        x = self.midlayer.mixed_input(embeddings, features)
-        q, k, v = (proj(x).unflatten(-1, (-1, D)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        cos, sin = self.rotary(positions)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        k = attention.k_proj(x).unflatten(-1, (-1, D))
+        return rotate(k, *self.rotary(positions)), attention.v_proj(x).unflatten(-1, (-1, D))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (..., D / 2) of `positions` (...)."""
@@ -271,6 +255,95 @@ def most_frequent_tokens(tokens: Tensor, vocab_size: int, draft_vocab_size: int)
     return counts.sort(descending=True, stable=True).indices[:draft_vocab_size].sort().values
 
 
+# --- training-time test
+
+
+@dataclass(slots=True)
+class Batch:
+    """Whole sequences with the frozen target's view of them, padded on the right."""
+
+    tokens: Tensor  # (b, n)
+    is_answer: Tensor  # (b, n) bool: the target's own words, end of turn included
+    choices: Tensor  # (b, n) the target's most probable next token at each position
+    taps: Tensor  # (b, n, 3H)
+    hidden: Tensor  # (b, n, H) final state
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class TrainingTimeTest:
+    """The loss of section 3.2: unroll the head on its own features and score every step against the target."""
+
+    def __init__(self, head: DraftHead, embedding: Tensor, target_head: Tensor, config: TrainingConfig):
+        self.head, self.embedding, self.config = head, embedding, config
+        ids = head.draft_token_ids()
+        self.teacher_weight = target_head[ids].to(embedding.dtype)  # (Vd, H)
+        self.is_drafted = torch.zeros(head.config.vocab_size, dtype=torch.bool, device=ids.device)
+        self.is_drafted[ids] = True
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Sum over steps j of decay ** j times the mean over all rows, masked ones included, of the step's loss."""
+        masks = [supervised_rows(batch.is_answer, j, self.config.reference_mask) for j in range(self.config.steps)]
+        trained = torch.stack(masks).any(0)
+        rows, is_row = rows_of_mask(trained)
+        teacher, place = self._teacher(batch)
+        chain = self._unroll(batch, rows)
+        total, agreement = 0.0, []
+        for step, features in enumerate(chain):
+            is_scored = is_row & masks[step].gather(1, rows)
+            seen = (rows + 1 + step).clamp_max(batch.tokens.shape[1] - 1)
+            is_scored &= self.is_drafted[batch.choices.gather(1, seen)]
+            states = self.head.norm(features[is_scored])
+            loss, agrees = soft_cross_entropy(states, self.head.lm_head.weight, teacher, place.gather(1, seen)[is_scored])
+            total = total + self.config.step_decay**step * loss / batch.tokens.numel()
+            agreement.append(torch.zeros_like(rows, dtype=torch.float).masked_scatter(is_scored, agrees))
+        return total, _describe(agreement, masks[0].gather(1, rows) & is_row)
+
+    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Target logits over the draft vocabulary at every answer position (M, Vd), and where each position's are (b, n)."""
+        is_read = batch.is_answer | shift_left(batch.is_answer, 1)
+        place = (is_read.flatten().cumsum(0) - 1).clamp_min(0).view_as(is_read)
+        return batch.hidden[is_read].to(self.teacher_weight.dtype) @ self.teacher_weight.T, place
+
+    def _unroll(self, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
+        """Features (b, m, H) of the trained rows after step 0, 1, ...; the words are the data's, the features the head's own."""
+        head, layer = self.head, self.head.midlayer
+        features = head.fc(batch.taps)
+        following = F.embedding(shift_left(batch.tokens, 1), self.embedding)
+        x = layer.mixed_input(following, features)
+        first_k, first_v = head.keys_values(x, torch.arange(x.shape[1], device=x.device))
+        at = rows[:, :, None]
+        x, features = (t.gather(1, at.expand(-1, -1, t.shape[-1])) for t in (x, features))
+        own_k, own_v = [], []
+        for step in range(self.config.steps):
+            positions = rows + step
+            if step:
+                words = shift_left(batch.tokens, 1 + step).gather(1, rows)
+                x = layer.mixed_input(F.embedding(words, self.embedding), features)
+                k, v = head.keys_values(x, positions)
+                own_k.append(k), own_v.append(v)
+            attended = test_time_attention(head.queries(x, positions), first_k, first_v, own_k, own_v, rows)
+            features = layer.finish(features, attended.flatten(2))
+            yield features
+
+
+def rows_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (b, m) of the True columns of each row of `mask` (b, n), padded with its first column, and which are real."""
+    counts = mask.sum(1)
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : max(int(counts.max()), 1)]
+    is_real = torch.arange(order.shape[1], device=mask.device) < counts[:, None]
+    return order.masked_fill(~is_real, 0), is_real
+
+
+def _describe(agreement: list[Tensor], is_start: Tensor) -> dict[str, float]:
+    """Per-step top-1 agreement, and the tau that a greedy chain would have had from the rows decoding starts from."""
+    chain = torch.stack(agreement).cumprod(0)[:, is_start].mean(1)
+    names = [f"agreement_{step}" for step in range(len(agreement))]
+    means = [agrees[is_start].mean().item() for agrees in agreement]
+    return dict(zip(names, means, strict=True)) | {"simulated_tau": 1 + chain.sum().item()}
+
+
 # --- drafting
 
 
@@ -284,23 +357,29 @@ class Drafter:
         self.token_ids = head.draft_token_ids()
         self.tree = tree or TreeConfig()
 
+    @classmethod
+    def load(cls, folder: Path | str, target: Target, tree: TreeConfig | None = None) -> Drafter:
+        """The drafter of a checkpoint folder, with the checkpoint's own tree unless another is given."""
+        head, own_tree = load_head(folder)
+        return cls(head, target, tree or own_tree)
+
     @property
     def max_nodes(self) -> int:
         return self.tree.total_tokens
 
-    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, taps: Tensor) -> None:
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
         """Row i pairs the taps of token i with the token after it; the last prompt token's partner is the root."""
         B, n = prompts.shape
         following = torch.cat([prompts[:, 1:], roots[:, None]], 1)
         following[torch.arange(B, device=roots.device), lengths - 1] = roots
-        self.roots, self.pending = roots, (following, taps, lengths)
+        self.roots, self.pending = roots, (following, scores.taps, lengths)
         self.lengths = torch.zeros_like(lengths)  # rows in the draft cache, all from target features
         self.cache = self._new_cache(B, n + 64)
 
-    def observe(self, verdict: Verdict, taps: Tensor) -> None:
+    def observe(self, verdict: Verdict, scores: Scores) -> None:
         """Queue the verified features; drafted rows are forgotten, since they came from the head's own features."""
-        rows = torch.arange(len(taps), device=taps.device)[:, None]
-        verified = taps[rows, verdict.path.clamp_min(0)]
+        rows = torch.arange(len(verdict.path), device=verdict.path.device)[:, None]
+        verified = scores.taps[rows, verdict.path.clamp_min(0)]
         self.roots = verdict.bonus
         self.pending = (verdict.tokens.clamp_min(0), verified, verdict.num_accepted + 1)
 
@@ -361,9 +440,9 @@ class Drafter:
         return self._layer(tokens, features, positions, self.lengths + level * k, mask)
 
     def _layer(self, tokens: Tensor, features: Tensor, positions: Tensor, start: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.head.project(F.embedding(tokens, self.embedding), features, positions)
-        store_tree(k, v, *self.cache, start)
-        attended = packed_attention(q, *self.cache[:, :, : mask.shape[-1]], mask)
+        x = self.head.midlayer.mixed_input(F.embedding(tokens, self.embedding), features)
+        store_tree(*self.head.keys_values(x, positions), *self.cache, start)
+        attended = packed_attention(self.head.queries(x, positions), *self.cache[:, :, : mask.shape[-1]], mask)
         return self.head.midlayer.finish(features, attended.flatten(2))
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -397,3 +476,231 @@ def check_fits(config: HeadConfig, target: Target) -> None:
                 f"this draft head was made for a target with {name} {own}, but {target.name} has {needed};"
                 " train a head for this target or name the target it belongs to"
             )
+
+
+# --- checkpoints
+
+
+def save_head(head: DraftHead, folder: Path | str, tree: TreeConfig | None = None) -> Path:
+    """Write the head in the released layout, bfloat16; `tree` is what `Drafter.load` will draft with."""
+    tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in head.state_dict().items()}
+    config = RELEASED_FIELDS | {name: value for name, value in asdict(head.config).items() if value is not None}
+    return checkpoints.save(folder, tensors, config | ({"specrepro_tree": asdict(tree)} if tree else {}))
+
+
+def load_head(folder: Path | str) -> tuple[DraftHead, TreeConfig]:
+    """The head of a checkpoint folder, loaded strictly, and the tree it asks for (the paper's where it names none)."""
+    tensors, config = checkpoints.load(folder)
+    head = DraftHead(read_config(config, folder))
+    if "draft_vocab_size" in config and "d2t" not in tensors and hasattr(head, "d2t"):
+        raise ValueError(f"checkpoint {folder} drafts over a reduced vocabulary but has no d2t")
+    checkpoints.load_strictly(head, tensors)
+    return head, TreeConfig(**config["specrepro_tree"]) if "specrepro_tree" in config else TreeConfig()
+
+
+def read_config(config: dict[str, object], folder: Path | str) -> HeadConfig:
+    """HeadConfig from a released config.json; fields that old configs leave out take the released code's values."""
+    names = {field.name for field in fields(HeadConfig)}
+    known = {name: value for name, value in config.items() if name in names}
+    required = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    if missing := [name for name in required if name not in known]:
+        raise ValueError(f"config.json of checkpoint {folder} lacks {', '.join(missing)}")
+    known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
+    known.setdefault("draft_vocab_size", known["vocab_size"])
+    return HeadConfig(**known)
+
+
+# --- training
+
+
+def train(
+    target: Target,
+    features: corpus.FeatureCache,
+    folder: Path,
+    *,
+    draft_vocab_size: int = 32000,
+    config: TrainingConfig | None = None,
+    loop: draft_training.LoopConfig | None = None,
+    batch_tokens: int = 4096,
+    score: Callable[[DraftHead], float] | None = None,
+    resume: bool = False,
+) -> DraftHead:
+    """Train a head on cached target features; `score` (tau on held-out prompts) picks the checkpoint that is kept.
+
+    Under torchrun each process takes its own batches and gradients are averaged.
+    """
+    config, loop = config or TrainingConfig(), loop or draft_training.LoopConfig()
+    rank, num_ranks = draft_training.join_processes()
+    torch.manual_seed(loop.seed)
+    head = new_head(target, features.answers, draft_vocab_size, config)
+    loss = TrainingTimeTest(head, target.model.get_input_embeddings().weight, target.head.weight, config)
+    prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
+    batches = corpus.batch_order(features.answers, batch_tokens, loop.seed, loop.total_steps * num_ranks)
+
+    def batch_at(step: int) -> Batch:
+        return Batch(*features.batch(batches[step * num_ranks + rank], prompt_ids)).to(target.device)
+
+    def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype != torch.float32):
+            return loss(batch)
+
+    identity = {
+        "corpus": features.hash, "head": asdict(head.config), "training": asdict(config),
+        "batch_tokens": batch_tokens, "processes": num_ranks,
+    }  # fmt: skip
+    return draft_training.train(head, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity)
+
+
+def new_head(
+    target: Target, answers: Sequence[corpus.Answer], draft_vocab_size: int, config: TrainingConfig
+) -> DraftHead:
+    """An untrained head over the most frequent answer tokens."""
+    head = DraftHead(head_config(target, draft_vocab_size)).to(target.device)
+    if hasattr(head, "d2t"):
+        words = torch.tensor([token for answer in answers for token in answer.tokens])
+        head.set_vocabulary(most_frequent_tokens(words, target.vocab_size, draft_vocab_size).to(target.device))
+    if config.lm_head_init == "target":
+        with torch.no_grad():
+            head.lm_head.weight.copy_(target.head.weight[head.draft_token_ids()])
+            head.norm.weight.copy_(target.decoder.norm.weight)
+    elif config.lm_head_init != "random":
+        raise ValueError(f"unknown lm_head_init {config.lm_head_init!r}; choose random or target")
+    return head
+
+
+def held_out_questions(target: Target, num_prompts: int = 12) -> list[list[int]]:
+    """Prompts that choose among checkpoints: the last of two held-out sets, where evaluation takes the first."""
+    last = [question for name in ("chat", "instruction") for question in prompts.load(name, 250)[-num_prompts // 2 :]]
+    return [prompts.encode(target.tokenizer, question) for question in last]
+
+
+def held_out_tau(target: Target, head: DraftHead, tree: TreeConfig, questions: Sequence[Sequence[int]]) -> float:
+    """tau of greedy decoding over 48 tokens of each question: total tokens over total target passes."""
+    drafter = Drafter(copy.deepcopy(head), target, tree)
+    runs = [decode(target, drafter, question, max_new_tokens=48) for question in questions]
+    return sum(len(run.tokens) - 1 for run in runs) / max(1, sum(run.num_passes for run in runs))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that makes a checkpoint for one target: the paper's values unless overridden."""
+
+    draft_vocab_size: int = 32000
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    loop: draft_training.LoopConfig = field(default_factory=draft_training.LoopConfig)
+    batch_tokens: int = 4096
+
+    @classmethod
+    def of(cls, target: Target) -> Recipe:
+        """The embedded target's overrides for the embedded target, the paper's own settings for every other."""
+        if target.name != EMBEDDED:
+            return cls()
+        own = yaml.safe_load(OVERRIDES.read_text())["eagle3"]
+        return cls(
+            own["draft_vocab_size"], TreeConfig(**own["tree"]), TrainingConfig(**own["training"]),
+            draft_training.LoopConfig(**own["loop"]), own["batch_tokens"],
+        )  # fmt: skip
+
+
+def make_checkpoint(
+    target: Target, corpus_folder: Path, work: Path, destination: Path, *, recipe: Recipe | None = None,
+    epochs: float = 2.0, evaluations: int = 4, resume: bool = False,
+) -> Path:  # fmt: skip
+    """Train on the corpus's features for `epochs` and write the checkpoint with its card.
+
+    The state with the highest held-out tau of `evaluations` looks is the one that is kept.
+    """
+    recipe, began = recipe or Recipe.of(target), time.perf_counter()
+    features = corpus.FeatureCache(corpus_folder, target.hidden_size)
+    _, num_ranks = draft_training.join_processes()
+    steps = corpus.num_batches(features.answers, recipe.batch_tokens, epochs) // num_ranks
+    loop = replace(recipe.loop, total_steps=max(1, steps), evaluate_every=max(1, steps // evaluations))
+    questions = held_out_questions(target)
+    head = train(
+        target, features, work, draft_vocab_size=recipe.draft_vocab_size, config=recipe.training, loop=loop,
+        batch_tokens=recipe.batch_tokens, score=lambda h: held_out_tau(target, h, recipe.tree, questions), resume=resume,
+    )  # fmt: skip
+    if draft_training.is_first_process():
+        save_head(head, destination, recipe.tree)
+        card = {
+            "target": target.name, "corpus": features.hash, "answer_tokens": features.num_answer_tokens, "epochs": epochs,
+            "steps": loop.total_steps, "processes": num_ranks, "batch_tokens": recipe.batch_tokens,
+            "recipe": asdict(recipe.training) | asdict(loop), "minutes": round((time.perf_counter() - began) / 60, 1),
+            "held_out_tau": round(draft_training.best_score(work), 3),
+            "command": " ".join(["python", "-m", "specrepro.eagle3", *sys.argv[1:]]),
+        }  # fmt: skip
+        checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
+    return destination
+
+
+def obtain_checkpoint(
+    target: Target, checkpoint: str = "", *, from_scratch: bool = False, work: Path = Path("runs/eagle3"),
+    epochs: float = 2.0, num_answers: int | None = None,
+) -> Path:  # fmt: skip
+    """The checkpoint to draft with: the folder named, the committed one, or one trained here from the corpus.
+
+    A target without a committed corpus answers the training prompts itself first. Goes on where it was interrupted.
+    """
+    if not from_scratch:
+        return Path(checkpoint or CHECKPOINT)
+    features = work / "features"
+    if target.name == EMBEDDED and corpus.has_answers(corpus.COMMITTED):
+        corpus.recompute(target, corpus.load(corpus.COMMITTED).first(num_answers).answers, features)
+    else:
+        questions = list(itertools.islice(prompts.training_prompts(), num_answers))
+        corpus.generate(target, questions, features)
+    return make_checkpoint(target, features, work / "training", work / "checkpoint", epochs=epochs, resume=True)
+
+
+def drafters(checkpoint: Path | str = CHECKPOINT, **tree: int) -> dict[str, Callable[[Target], Drafter]]:
+    """Loaders of everything this paper drafts with; `tree` overrides depth, top_k or total_tokens where not 0."""
+    changed = {name: value for name, value in tree.items() if value}
+
+    def dynamic(target: Target) -> Drafter:
+        head, own = load_head(checkpoint)
+        return Drafter(head, target, replace(own, **changed))
+
+    def chain(target: Target) -> Drafter:
+        head, own = load_head(checkpoint)
+        return Drafter(head, target, replace(own, top_k=1, total_tokens=own.depth + 2))
+
+    return {"EAGLE-3": dynamic, "EAGLE-3 chain": chain}
+
+
+def sweep(checkpoint: Path | str, target: Target, depths: Sequence[int], sizes: Sequence[int]) -> dict[str, tuple]:
+    """Drafters over a grid of depth and tree size, each with the columns that its rows carry."""
+    grid = [TreeConfig(depth, 8, size) for depth in depths for size in sizes]
+    return {
+        f"EAGLE-3, depth {tree.depth}, {tree.total_tokens} nodes": (
+            Drafter.load(checkpoint, target, tree),
+            {"method": "EAGLE-3", "draft_depth": tree.depth, "total_tokens": tree.total_tokens, "top_k": tree.top_k},
+        )
+        for tree in grid
+    }
+
+
+DRAFTERS = drafters()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m specrepro.eagle3 <corpus> <destination>`, alone or under torchrun."""
+    parser = argparse.ArgumentParser(prog="python -m specrepro.eagle3", description="Train an EAGLE-3 head.")
+    parser.add_argument("corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus")
+    parser.add_argument("destination", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
+    parser.add_argument("--work", type=Path, default=Path("runs/eagle3"), help="training state and log")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--threads", type=int, default=0, help="of each process; 0 leaves it to torch")
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    make_checkpoint(
+        load_target(options.target), options.corpus, options.work, options.destination,
+        epochs=options.epochs, resume=options.resume,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

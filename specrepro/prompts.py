@@ -96,7 +96,9 @@ PROMPT_SETS = {
     "humaneval": PromptSet("HumanEval", "HumanEval itself"),
     "maths": PromptSet("GSM8K", "grade-school maths written by reasoning-gym"),
     "instruction": PromptSet("Alpaca", "short opening requests of held-out ShareGPT conversations"),
-    "summarisation": PromptSet("CNN/DM", "held-out ShareGPT texts to summarise"),
+    "summarisation": PromptSet(
+        "CNN/DM", "held-out ShareGPT answers, and a few texts, to summarise"
+    ),
 }
 
 HUB_SETS = {

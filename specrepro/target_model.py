@@ -70,9 +70,15 @@ class _Pass:
             if self.is_prefill:
                 self.masks[window] = _banded_causal(self.tree.tokens, window)
             else:
-                num_slots = int(self.cache.lengths.max()) + N
-                self.masks[window] = attention_mask(self.tree, self.cache.lengths, num_slots, window)
+                self.masks[window] = attention_mask(self.tree, self.cache.lengths, self._num_slots(), window)
         return self.masks[window]
+
+    def _num_slots(self) -> int:
+        """Slots that attention reads; batched products on a CPU would first copy anything but the whole cache."""
+        B, N = self.tree.tokens.shape
+        if B >= 4 and self.tree.tokens.device.type == "cpu":
+            return self.cache.capacity
+        return int(self.cache.lengths.max()) + N
 
 
 def _banded_causal(tokens: Tensor, window: int) -> Tensor:
@@ -134,7 +140,7 @@ class Target:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Scores]:
-        """Run the prompts into a new cache; scores hold the last token's logits (B, 1, V) but the taps of every token.
+        """Run the prompts into a new cache; scores hold the last token's logits (B, 1, V) but taps and states of every token.
 
         Shorter prompts are padded on the right; what lies beyond their length is never read.
         """
@@ -156,7 +162,7 @@ class Target:
         """Commit the root and the accepted path; forget the rest of the tree."""
         cache.lengths = keep_accepted(cache.slots, verdict, cache.lengths)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: training differentiates through what it returns
     def features(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Taps (B, N, 3H) and final states (B, N, H) of whole sequences (B, N), for training; keeps no cache."""
         hidden, taps = self._forward(_Pass(None, DraftTree.chain(tokens), {}, is_prefill=True))

@@ -109,7 +109,7 @@ def test_the_torn_last_record_is_dropped(sharegpt):
         "что вы знаете об этом городе",
         "what is <div><b>this</b></div> here",
         "say <|im_end|> and nothing more",
-        "open https://example.org/" + "a1" * 40,
+        "please open this address https://example.org/" + "a1" * 40,
     ],
 )
 def test_what_a_small_english_target_cannot_follow_is_dropped(sharegpt, text):

@@ -1,0 +1,213 @@
+"""Are the methods lossless? Asked of the very decoding that is timed, prompt by prompt.
+
+In float32 there is no excuse: greedy decoding equals `transformers.generate(do_sample=False)` token
+for token, and since draws are keyed by seed and position, a sampled run equals the autoregressive
+run of the same seed. Each check is a row of quantity "losslessness" whose `value` counts the
+prompts that differ; `detail` says which, and where.
+
+In half precision a pass over a tree rounds differently from a pass over one token, so two nearly
+tied logits may change places. There the row is of quantity "near_tie": every first divergence is
+looked up in the autoregressive run, `gap` is the largest lead its best logit had at such a place,
+and `value` counts the leads above a bound. Rows of quantity "divergence" list each of them. Sampled
+runs are not compared in half precision: a draw has no gap to audit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from specrepro.decoding import Autoregressive, Drafter, Generation, Sampling, decode
+from specrepro.measure import (
+    AUTOREGRESSIVE,
+    GENERATE,
+    Methods,
+    Question,
+    as_drafter,
+    generate,
+    sequence_seed,
+)
+from specrepro.target_model import Target
+
+GREEDY = Sampling()
+SAMPLED = Sampling(temperature=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where two continuations of one prompt first part; a missing token means the end."""
+
+    prompt_id: str
+    place: int  # new tokens before it
+    expected: int | None
+    found: int | None
+
+    def __str__(self) -> str:
+        names = ["the end" if t is None else f"{t}" for t in (self.found, self.expected)]
+        return f"{self.prompt_id} at new token {self.place}: {names[0]} instead of {names[1]}"
+
+
+def first_divergence(
+    prompt_id: str, expected: Sequence[int], found: Sequence[int]
+) -> Divergence | None:
+    """The first place where two lists of tokens differ, none where they are equal."""
+    if list(expected) == list(found):
+        return None
+    shared = min(len(expected), len(found))
+    pairs = zip(expected, found, strict=False)
+    place = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), shared)
+    ours, theirs = (tokens[place] if place < len(tokens) else None for tokens in (expected, found))
+    return Divergence(prompt_id, place, ours, theirs)
+
+
+def near_tie_bound(dtype: torch.dtype) -> float:
+    """The largest lead, in logits, that rounding alone can overturn: 0.5 in bfloat16.
+
+    Logits of winning tokens lie between 16 and 32, where bfloat16 has steps of 1/8. The two runs
+    round every hidden state differently, which moves a logit by up to two such steps, and a lead is
+    the difference of two logits: four steps. The steps of float16 are eight times finer.
+    """
+    bounds = {torch.bfloat16: 0.5, torch.float16: 0.0625}
+    if dtype not in bounds:
+        raise ValueError(f"{dtype} has no near ties to excuse; they are for bfloat16 and float16")
+    return bounds[dtype]
+
+
+def losslessness(
+    target: Target,
+    methods: Methods,
+    questions: Sequence[Question],
+    *,
+    prompts: str,
+    max_new_tokens: int = 64,
+    batch: int = 1,
+    seed: int = 0,
+    bound: float | None = None,
+) -> pd.DataFrame:
+    """Rows that say for each method whether it gave the target's own tokens; see above.
+
+    In float32 the baseline itself is checked too; `bound` replaces `near_tie_bound` below that.
+    """
+    room = target.max_context - max(len(token_ids) for _, token_ids in questions)
+    audit = _Audit(target, list(questions), min(max_new_tokens, room), batch, seed)
+    drafters = {AUTOREGRESSIVE: Autoregressive()} | {
+        name: as_drafter(entry) for name, entry in methods.items() if name != GENERATE
+    }
+    if target.dtype == torch.float32:
+        rows = _exactness_rows(audit, drafters)
+    else:
+        bound = near_tie_bound(target.dtype) if bound is None else bound
+        rows = _near_tie_rows(audit, drafters, bound)
+    dtype = str(target.dtype).removeprefix("torch.")
+    common = {"prompts": prompts, "batch": batch, "seed": seed, "dtype": dtype}
+    return pd.DataFrame([common | row for row in rows])
+
+
+@dataclass(frozen=True, slots=True)
+class _Audit:
+    """The prompts of one check, decoded alike by whatever is checked."""
+
+    target: Target
+    questions: list[Question]
+    max_new_tokens: int
+    batch: int
+    seed: int
+
+    def generations(
+        self, drafter: Drafter, sampling: Sampling, batch: int | None = None, **options: Any
+    ) -> list[Generation]:
+        size, found = batch or self.batch, []
+        for start in range(0, len(self.questions), size):
+            group = self.questions[start : start + size]
+            seeds = [sequence_seed(self.seed, prompt_id) for prompt_id, _ in group]
+            found += decode(
+                self.target, drafter, [list(token_ids) for _, token_ids in group],
+                self.max_new_tokens, sampling.temperature, seed=seeds, **options,
+            )  # fmt: skip
+        return found
+
+    def divergences(
+        self, expected: list[Generation], found: list[Generation]
+    ) -> list[Divergence | None]:
+        """Per prompt, where it parts from what was expected."""
+        ids = [prompt_id for prompt_id, _ in self.questions]
+        tokens = ([one.tokens for one in generations] for generations in (expected, found))
+        return [first_divergence(*case) for case in zip(ids, *tokens, strict=True)]
+
+
+def _exactness_rows(audit: _Audit, drafters: dict[str, Drafter]) -> list[dict[str, Any]]:
+    greedy = [
+        generate(audit.target, [token_ids], audit.max_new_tokens)[0]
+        for _, token_ids in audit.questions
+    ]
+    sampled = audit.generations(Autoregressive(), SAMPLED, batch=1)
+    return [
+        _exactness_row(audit, method, drafter, sampling, expected)
+        for method, drafter in drafters.items()
+        for sampling, expected in ((GREEDY, greedy), (SAMPLED, sampled))
+    ]
+
+
+def _exactness_row(
+    audit: _Audit, method: str, drafter: Drafter, sampling: Sampling, expected: list[Generation]
+) -> dict[str, Any]:
+    found = audit.generations(drafter, sampling)
+    parted = [case for case in audit.divergences(expected, found) if case is not None]
+    return {
+        "quantity": "losslessness",
+        "method": method,
+        "versus": GENERATE if sampling.is_greedy else AUTOREGRESSIVE,
+        "temperature": sampling.temperature,
+        "num_prompts": len(found),
+        "new_tokens": sum(len(generation.tokens) for generation in found),
+        "value": len(parted),
+        "detail": "; ".join(map(str, parted)),
+    }
+
+
+def _near_tie_rows(
+    audit: _Audit, drafters: dict[str, Drafter], bound: float
+) -> list[dict[str, Any]]:
+    baseline = audit.generations(Autoregressive(), GREEDY, batch=1, record_gaps=True)
+    rows = []
+    for method, drafter in drafters.items():
+        if method == AUTOREGRESSIVE:
+            continue
+        cases = audit.divergences(baseline, audit.generations(drafter, GREEDY))
+        parted = [
+            (case, _lead(case, own)) for case, own in zip(cases, baseline, strict=True) if case
+        ]
+        rows += _audited_rows(method, parted, len(cases), bound)
+    return rows
+
+
+def _lead(case: Divergence, baseline: Generation) -> float:
+    """The baseline's own lead there; an end in the wrong place is no tie, whatever the logits."""
+    is_tie_possible = case.expected is not None and case.found is not None
+    return baseline.gaps[case.place] if is_tie_possible else math.inf
+
+
+def _audited_rows(
+    method: str, parted: list[tuple[Divergence, float]], num_prompts: int, bound: float
+) -> list[dict[str, Any]]:
+    common = {"method": method, "versus": AUTOREGRESSIVE, "temperature": 0.0, "bound": bound}
+    large = [f"{case}, gap {gap:.3g}" for case, gap in parted if gap > bound]
+    summary = {
+        "quantity": "near_tie",
+        "num_prompts": num_prompts,
+        "num_divergences": len(parted),
+        "gap": max((gap for _, gap in parted), default=None),
+        "value": len(large),
+        "detail": "; ".join(large),
+    }
+    each = [
+        {"quantity": "divergence", "prompt_id": case.prompt_id, "place": case.place}
+        | {"gap": gap, "value": int(gap > bound), "detail": str(case)}
+        for case, gap in parted
+    ]
+    return [common | row for row in (summary, *each)]

@@ -1,0 +1,449 @@
+"""The Triton kernels of tree verification: attention over a draft tree, the walks, the cache they leave.
+
+Attention reads each cached key and value once for all query heads that share it and all nodes of the
+tree: the `G` heads x `N` nodes of one key-value head are packed as the rows of one tile. The cached
+prefix is cut into splits, each attended by its own program with no mask but the length bound; the
+program of the last split goes on into the tree's own keys, under packed ancestor bits, and stores
+them behind the prefix. A second kernel merges the splits in order; no kernel uses atomics.
+
+In deterministic mode the splits follow from a row's prefix length alone and the tiles hold at least
+64 rows, so that every row is reduced in the same order whatever else is in its tree.
+
+The launchers take plain tensors, check nothing that has to be read back from the device, and launch
+grids that depend on shapes only: they can be captured in a CUDA graph. What they are given is checked
+by `tree_verify`, the door to them. The last section counts the bytes and operations of these loops.
+
+Not done here: backward passes, quantised caches, multi-head latent attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WORD_BITS = 32  # ancestor bits in a word, and tree keys in a block
+FIXED_SPLIT = 256  # slots of a split in deterministic mode, times a whole number for long prefixes
+MAX_FIXED_SPLITS = 16  # bounds the partial results, which would outweigh the cache itself
+MERGE_ROWS = 16
+LARGEST_BELOW_ONE = tl.constexpr(1 - 2**-24)
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+NOT_A_PARENT = tl.constexpr(-3)
+
+
+@triton.jit
+def _splits_of(length, min_split, max_splits):
+    """The slots of a split and the number of splits of a prefix; an empty prefix has one empty split."""
+    split_size = min_split * tl.maximum(tl.cdiv(length, min_split * max_splits), 1)
+    return split_size, tl.maximum(tl.cdiv(length, split_size), 1)
+
+
+@triton.jit
+def _slot_offsets(
+    table_ptr, sequence, slots, is_used, page_size, num_pages, stride_page, stride_slot, PAGED: tl.constexpr
+):
+    """Where the slots of a sequence lie. A contiguous cache is one whose page is a whole sequence."""
+    page = sequence
+    if PAGED:
+        page = tl.load(table_ptr + sequence * num_pages + slots // page_size, mask=is_used, other=0).to(tl.int64)
+        slots = slots % page_size
+    return page * stride_page + slots.to(tl.int64) * stride_slot
+
+
+@triton.jit
+def _scores(q, keys, scale, cap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Query-key products in units of log2; `scale` and `cap` come prepared by the launcher."""
+    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
+    if HAS_SOFTCAP:
+        # tanh by way of a power that cannot overflow
+        decay = tl.exp2(-2 * LOG2_E * tl.abs(scores))
+        magnitude = (1 - decay) / (1 + decay)
+        scores = cap * tl.where(scores < 0, -magnitude, magnitude)
+    return scores
+
+
+@triton.jit
+def _absorb(scores, values, best, total, acc, PRECISION: tl.constexpr):
+    """One step of the streaming softmax in base 2; a row that has seen nothing keeps sum 0."""
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    # -inf minus -inf is NaN
+    shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weights = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(best - shift)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return new_best, total, acc
+
+
+@triton.jit(do_not_specialize=["N", "capacity", "num_pages", "min_split", "max_splits", "window"])
+def tree_attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, lengths_ptr, num_nodes_ptr, words_ptr, depths_ptr,
+    out_ptr, lse_ptr, partial_ptr, best_ptr, total_ptr,
+    N, capacity, page_size, num_pages, min_split, max_splits, scale, cap, window,
+    q_sequence, q_node, q_head, k_sequence, k_node, k_head, v_sequence, v_node, v_head,
+    k_page, k_slot, k_cache_head, v_page, v_slot, v_cache_head,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    PAGED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one split of one key-value head's keys, seen by BLOCK_M of its G x N query rows."""
+    sequence = (tl.program_id(0) // HKV).to(tl.int64)
+    head = (tl.program_id(0) % HKV).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), capacity)
+    split_size, num_splits = _splits_of(length, min_split, max_splits)
+    if split >= num_splits:
+        return
+    num_nodes = tl.load(num_nodes_ptr + sequence).to(tl.int32)
+    # a node's heads lie side by side, so that a node added to the tree moves no other row
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    nodes = rows // G
+    is_row = nodes < num_nodes
+    dims = tl.arange(0, BLOCK_D)
+    is_dim = (dims < D)[None, :]
+    q_offsets = sequence * q_sequence + nodes * q_node + (head * G + rows % G) * q_head
+    q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=is_row[:, None] & is_dim, other=0.0)
+    if HAS_WINDOW:
+        depths = tl.load(depths_ptr + sequence * N + nodes, mask=is_row, other=0)
+
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    start = split * split_size
+    stop = tl.minimum(start + split_size, length)
+    if HAS_WINDOW:
+        # the root sees furthest back; whole blocks are left out, so that every tree cuts the prefix alike
+        start = tl.maximum(start, tl.maximum(length - window + 1, 0) // BLOCK_S * BLOCK_S)
+    for first in range(start, stop, BLOCK_S):
+        slots = first + tl.arange(0, BLOCK_S)
+        is_used = slots < stop
+        loaded = is_used[:, None] & is_dim
+        at = _slot_offsets(table_ptr, sequence, slots, is_used, page_size, num_pages, k_page, k_slot, PAGED)
+        keys = tl.load(k_cache_ptr + (at + head * k_cache_head)[:, None] + dims[None, :], mask=loaded, other=0.0)
+        at = _slot_offsets(table_ptr, sequence, slots, is_used, page_size, num_pages, v_page, v_slot, PAGED)
+        values = tl.load(v_cache_ptr + (at + head * v_cache_head)[:, None] + dims[None, :], mask=loaded, other=0.0)
+        is_seen = is_used[None, :]
+        if HAS_WINDOW:
+            is_seen = is_seen & (length + depths[:, None] - slots[None, :] < window)
+        scores = tl.where(is_seen, _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION), float("-inf"))
+        best, total, acc = _absorb(scores, values, best, total, acc, PRECISION)
+
+    if split == num_splits - 1:
+        lanes = tl.arange(0, BLOCK_T)
+        for first in range(0, num_nodes, BLOCK_T):
+            drafted = first + lanes
+            is_drafted = drafted < num_nodes
+            loaded = is_drafted[:, None] & is_dim
+            at = sequence * k_sequence + drafted * k_node + head * k_head
+            keys = tl.load(k_ptr + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+            at = sequence * v_sequence + drafted * v_node + head * v_head
+            values = tl.load(v_ptr + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+            if tl.program_id(1) == 0:
+                slots = length + drafted
+                is_room = is_drafted & (slots < capacity)
+                stored = is_room[:, None] & is_dim
+                at = _slot_offsets(table_ptr, sequence, slots, is_room, page_size, num_pages, k_page, k_slot, PAGED)
+                tl.store(k_cache_ptr + (at + head * k_cache_head)[:, None] + dims[None, :], keys, mask=stored)
+                at = _slot_offsets(table_ptr, sequence, slots, is_room, page_size, num_pages, v_page, v_slot, PAGED)
+                tl.store(v_cache_ptr + (at + head * v_cache_head)[:, None] + dims[None, :], values, mask=stored)
+            word_offsets = (sequence * N + nodes) * tl.cdiv(N, BLOCK_T) + first // BLOCK_T
+            words = tl.load(words_ptr + word_offsets, mask=is_row, other=0)
+            is_seen = ((words[:, None] >> lanes[None, :].to(tl.uint32)) & 1) != 0
+            if HAS_WINDOW:
+                key_depths = tl.load(depths_ptr + sequence * N + drafted, mask=is_drafted, other=0)
+                is_seen = is_seen & (depths[:, None] - key_depths[None, :] < window)
+            scores = tl.where(is_seen, _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION), float("-inf"))
+            best, total, acc = _absorb(scores, values, best, total, acc, PRECISION)
+
+    num_rows = N * G
+    if num_splits == 1:
+        total = tl.where(is_row, total, 0.0)
+        at = (sequence * N + nodes) * (HKV * G) + head * G + rows % G
+        _finish(out_ptr, lse_ptr, at, rows < num_rows, dims, is_dim, best, total, acc, D)
+    else:
+        at = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + split) * num_rows + rows
+        tl.store(best_ptr + at, tl.where(is_row, best, float("-inf")), mask=rows < num_rows)
+        tl.store(total_ptr + at, tl.where(is_row, total, 0.0), mask=rows < num_rows)
+        tl.store(partial_ptr + at[:, None] * D + dims[None, :], acc, mask=is_row[:, None] & is_dim)
+
+
+@triton.jit
+def _finish(out_ptr, lse_ptr, at, is_row, dims, is_dim, best, total, acc, D: tl.constexpr):
+    """Divide by the sum; a row that saw nothing gets 0 and a log-sum-exp of -inf."""
+    saw = total > 0
+    divisor = tl.where(saw, total, 1.0)
+    out = tl.where(saw[:, None], acc / divisor[:, None], 0.0)
+    tl.store(out_ptr + at[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_dim)
+    tl.store(lse_ptr + at, tl.where(saw, (best + tl.log2(divisor)) * LN_2, float("-inf")), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["N", "capacity", "num_grid_splits", "min_split", "max_splits"])
+def merge_splits_kernel(
+    partial_ptr, best_ptr, total_ptr, lengths_ptr, out_ptr, lse_ptr, N, capacity, num_grid_splits, min_split, max_splits,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_R query rows of one key-value head, their splits added up in order."""
+    sequence = (tl.program_id(0) // HKV).to(tl.int64)
+    head = (tl.program_id(0) % HKV).to(tl.int64)
+    length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), capacity)
+    _, num_splits = _splits_of(length, min_split, max_splits)
+    # a lone split has written its rows itself
+    if num_splits == 1:
+        return
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    num_rows = N * G
+    is_row = rows < num_rows
+    dims = tl.arange(0, BLOCK_D)
+    is_dim = (dims < D)[None, :]
+    best = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for split in range(0, num_splits):
+        at = (tl.program_id(0).to(tl.int64) * num_grid_splits + split) * num_rows + rows
+        split_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
+        split_total = tl.load(total_ptr + at, mask=is_row, other=0.0)
+        # where a split saw nothing its accumulator was never meant to be read
+        loaded = (split_total > 0)[:, None] & is_dim
+        split_acc = tl.load(partial_ptr + at[:, None] * D + dims[None, :], mask=loaded, other=0.0)
+        new_best = tl.maximum(best, split_best)
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        fade, split_fade = tl.exp2(best - shift), tl.exp2(split_best - shift)
+        total = total * fade + split_total * split_fade
+        acc = acc * fade[:, None] + split_acc * split_fade[:, None]
+        best = new_best
+    at = (sequence * N + rows // G) * (HKV * G) + head * G + rows % G
+    _finish(out_ptr, lse_ptr, at, is_row, dims, is_dim, best, total, acc, D)
+
+
+@triton.jit
+def _next_child(node_ids, parents, parent, after, N):
+    """The first child of `parent` behind node `after`, or N; ids only grow, so every walk ends."""
+    return tl.min(tl.where((parents == parent) & (node_ids > after), node_ids, N), 0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def greedy_walk_kernel(
+    tokens_ptr, parents_ptr, choice_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N, BLOCK_N: tl.constexpr
+):
+    """One program walks one tree. A tree fits in one block, so a step down is a single compare."""
+    row = tl.program_id(0).to(tl.int64) * N
+    node_ids = tl.arange(0, BLOCK_N)
+    tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
+    # padding lanes get parent -2, which no node has
+    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
+    tl.store(path_ptr + row, 0)
+    depth = 0
+    chosen = tl.load(choice_ptr + row)
+    child = tl.min(tl.where((parents == 0) & (tokens == chosen) & (node_ids > 0), node_ids, N), 0)
+    while child < N:
+        tl.store(emitted_ptr + row + depth, chosen)
+        depth += 1
+        tl.store(path_ptr + row + depth, child)
+        chosen = tl.load(choice_ptr + row + child)
+        child = tl.min(tl.where((parents == child) & (tokens == chosen) & (node_ids > child), node_ids, N), 0)
+    tl.store(emitted_ptr + row + depth, chosen)
+    tl.store(accepted_ptr + tl.program_id(0), depth)
+    tl.store(bonus_ptr + tl.program_id(0), chosen)
+
+
+@triton.jit
+def _residual(
+    p_ptr, q_ptr, row, node, first, spent, tried_of, tokens_ptr, node_ids, parents, N, V,
+    SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Target mass in float64 of one block of tokens, less what the rejected drafts have taken.
+
+    Sampled drafts take `spent` times their distribution (however many were tried, one factor is enough: max(max(p - a q,
+    0) - b q, 0) = max(p - (a + b) q, 0)); certain drafts, the children of `tried_of`, take their token's whole mass.
+    """
+    ids = first + tl.arange(0, BLOCK_V)
+    at = (row + node) * V + ids
+    mass = tl.load(p_ptr + at, mask=ids < V, other=0.0).to(tl.float64)
+    if SAMPLED:
+        mass = tl.maximum(mass - spent * tl.load(q_ptr + at, mask=ids < V, other=0.0).to(tl.float64), 0.0)
+    else:
+        tried = _next_child(node_ids, parents, tried_of, 0, N)
+        while tried < N:
+            mass = tl.where(ids == tl.load(tokens_ptr + row + tried), 0.0, mass)
+            tried = _next_child(node_ids, parents, tried_of, tried, N)
+    return ids, mass
+
+
+@triton.jit
+def _residual_mass(
+    p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V,
+    SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    total = tl.full((), 0.0, tl.float64)
+    for first in range(0, V, BLOCK_V):
+        _, mass = _residual(
+            p_ptr, q_ptr, row, node, first, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+        )
+        total += tl.sum(mass, 0)
+    return total
+
+
+@triton.jit
+def _draw(
+    p_ptr, q_ptr, row, node, spent, tried_of, threshold, tokens_ptr, node_ids, parents, N, V,
+    SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The first token whose cumulative mass exceeds the threshold; no rounding can draw one without mass."""
+    running = tl.full((), 0.0, tl.float64)
+    drawn = V
+    last = 0
+    first = 0
+    while (first < V) & (drawn == V):
+        ids, mass = _residual(
+            p_ptr, q_ptr, row, node, first, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+        )
+        cumulative = running + tl.cumsum(mass, 0)
+        drawn = tl.min(tl.where((cumulative > threshold) & (mass > 0), ids, V), 0)
+        last = tl.maximum(last, tl.max(tl.where(mass > 0, ids, 0), 0))
+        running += tl.sum(mass, 0)
+        first += BLOCK_V
+    return tl.where(drawn < V, drawn, last)
+
+
+@triton.jit(do_not_specialize=["N", "V"])
+def coupled_walk_kernel(
+    tokens_ptr, parents_ptr, p_ptr, uniforms_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N, V,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program walks one tree: draw from the target at each node, go to the child that was drawn."""
+    row = tl.program_id(0).to(tl.int64) * N
+    node_ids = tl.arange(0, BLOCK_N)
+    tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
+    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
+    depth = 0
+    node = 0
+    chosen = 0
+    while node < N:
+        tl.store(path_ptr + row + depth, node)
+        total = _residual_mass(p_ptr, p_ptr, row, node, 0.0, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V)
+        uniform = tl.minimum(tl.load(uniforms_ptr + row + node), LARGEST_BELOW_ONE).to(tl.float64)
+        chosen = _draw(
+            p_ptr, p_ptr, row, node, 0.0, NOT_A_PARENT, uniform * total, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V
+        )
+        tl.store(emitted_ptr + row + depth, chosen)
+        depth += 1
+        node = tl.min(tl.where((parents == node) & (tokens == chosen) & (node_ids > node), node_ids, N), 0)
+    tl.store(accepted_ptr + tl.program_id(0), depth - 1)
+    tl.store(bonus_ptr + tl.program_id(0), chosen)
+
+
+@triton.jit(do_not_specialize=["N", "V"])
+def residual_walk_kernel(
+    tokens_ptr, parents_ptr, p_ptr, q_ptr, uniforms_ptr, finals_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N, V,
+    SAMPLED: tl.constexpr, REPLACED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program walks one tree, trying each node's children in draw order against what is left of the target."""
+    row = tl.program_id(0).to(tl.int64) * N
+    node_ids = tl.arange(0, BLOCK_N)
+    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
+    tl.store(path_ptr + row, 0)
+    depth = 0
+    node = 0
+    spent = tl.full((), 0.0, tl.float64)
+    # mass left of the target, and of the drafts' distribution
+    mass = _residual_mass(p_ptr, q_ptr, row, 0, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+    unseen = tl.full((), 1.0, tl.float64)
+    if SAMPLED:
+        unseen = _residual_mass(q_ptr, q_ptr, row, 0, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+    child = _next_child(node_ids, parents, 0, 0, N)
+    while child < N:
+        token = tl.load(tokens_ptr + row + child)
+        uniform = tl.minimum(tl.load(uniforms_ptr + row + child), LARGEST_BELOW_ONE).to(tl.float64)
+        wanted = tl.load(p_ptr + (row + node) * V + token).to(tl.float64)
+        proposed = tl.full((), 1.0, tl.float64)
+        if SAMPLED:
+            proposed = tl.load(q_ptr + (row + node) * V + token).to(tl.float64)
+            wanted = tl.maximum(wanted - spent * proposed, 0.0)
+        # strictly below: a token without mass is refused even at uniform 0
+        if uniform * proposed * mass < wanted * unseen:
+            tl.store(emitted_ptr + row + depth, token)
+            depth += 1
+            tl.store(path_ptr + row + depth, child)
+            node = child
+            spent = spent * 0.0
+            mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+            if SAMPLED:
+                unseen = _residual_mass(q_ptr, q_ptr, row, node, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+        else:
+            if SAMPLED:
+                spent += mass / unseen
+                if not REPLACED:
+                    unseen -= proposed
+                mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+            else:
+                mass -= wanted
+        child = _next_child(node_ids, parents, node, child, N)
+    tried_of = node
+    if not SAMPLED:
+        mass = _residual_mass(p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+    # only rounding can reject every draft and leave nothing: then the draft was the target
+    if mass <= 0:
+        spent = spent * 0.0
+        tried_of = NOT_A_PARENT
+        mass = _residual_mass(p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+    uniform = tl.minimum(tl.load(finals_ptr + tl.program_id(0)), LARGEST_BELOW_ONE).to(tl.float64)
+    chosen = _draw(
+        p_ptr, q_ptr, row, node, spent, tried_of, uniform * mass, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+    )
+    tl.store(emitted_ptr + row + depth, chosen)
+    tl.store(accepted_ptr + tl.program_id(0), depth)
+    tl.store(bonus_ptr + tl.program_id(0), chosen)
+
+
+@triton.jit(do_not_specialize=["P", "num_pages", "capacity"])
+def keep_accepted_kernel(
+    cache_ptr, table_ptr, path_ptr, accepted_ptr, lengths_ptr, P, page_size, num_pages, capacity,
+    stride_layer, stride_page, stride_slot, stride_head,
+    HKV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK lanes of one layer's keys or values of one sequence, moved slot by slot.
+
+    A path only grows, so a slot is read before it can be overwritten.
+    """
+    sequence = tl.program_id(1).to(tl.int64)
+    lanes = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_lane = lanes < HKV * D
+    within = tl.program_id(0).to(tl.int64) * stride_layer + (lanes // D).to(tl.int64) * stride_head + lanes % D
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    accepted = tl.load(accepted_ptr + sequence).to(tl.int32)
+    for step in range(1, accepted + 1):
+        node = tl.load(path_ptr + sequence * P + step).to(tl.int32)
+        source, target = length + node, length + step
+        if (node != step) & (source < capacity):
+            at = _slot_offsets(table_ptr, sequence, source, True, page_size, num_pages, stride_page, stride_slot, PAGED)
+            moved = tl.load(cache_ptr + at + within, mask=is_lane)
+            at = _slot_offsets(table_ptr, sequence, target, True, page_size, num_pages, stride_page, stride_slot, PAGED)
+            tl.store(cache_ptr + at + within, moved, mask=is_lane)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one attention program is cut; `rows` query rows at a time against `slots` cached keys."""
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+
+
+def choose_tiles(num_rows: int, head_size: int, itemsize: int, deterministic: bool = True) -> Tiles:
+    """Tiles wide enough to hold all rows, as far as registers and shared memory allow.
+
+    In deterministic mode a tile never has fewer than 64 rows: from there on each row is one lane's of the same matrix
+    instruction and is reduced in the same order.
+    """
+    widest = 64 if itemsize == 4 else 128 if head_size > 128 else 256
+    narrowest = 64 if deterministic else 16
+    rows = min(max(triton.next_power_of_2(num_rows), narrowest), widest)
+    slots = 32
+    return Tiles(rows, slots, warps=min(max(rows // 16, 1), 16), stages=2)
