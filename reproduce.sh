@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 usage() {
   cat <<'EOF'
 usage: ./reproduce.sh <paper> [--tier smoke|laptop|full|paper] [-p name value]...
-                              [--resume] [--dry-run] [--from-scratch]
+                              [--resume] [--fresh] [--dry-run] [--from-scratch]
                                         rerun a paper, redraw its figures, print the verdict
        ./reproduce.sh list              the papers
        ./reproduce.sh all [options]     every paper in turn
@@ -87,5 +87,5 @@ case $1 in
   test) exec "$python" -m pytest "${@:2}" ;;
   lab) exec "$python" -m jupyterlab "${@:2}" --ip=127.0.0.1 ;;
   lint) "$python" -m ruff check . && exec "$python" -m ruff format --check . ;;
-  *) exec "$python" -m specrepro.experiment "$@" ;;
+  *) exec "$python" -m specrepro "$@" ;;
 esac

@@ -123,6 +123,11 @@ def fetch(name: str) -> Path:
     return unpacked
 
 
+def is_here(name: str) -> bool:
+    """Whether an archive's file is in the cache already."""
+    return _path_of(ARCHIVES[name]).exists()
+
+
 def embedded_target(verify: bool = False) -> Path:
     """A transformers folder of SmolLM2-135M-Instruct in float32, made on the first call.
 

@@ -5,6 +5,7 @@ Pickle files are refused, with the conversion named: loading one runs whatever c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -71,6 +72,15 @@ def load(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, object]]:
     if not config_path.is_file():
         raise ValueError(f"checkpoint {folder} has no {CONFIG}")
     return load_tensors(weights), json.loads(config_path.read_text())
+
+
+def digest(folder: Path | str) -> str:
+    """sha256 of a checkpoint's weights: what measurements with it depend on."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise ValueError(_missing(Path(folder)))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

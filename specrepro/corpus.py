@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from specrepro import checkpoints, prompts, target_model
 from specrepro.decoding import Autoregressive, decode

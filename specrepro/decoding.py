@@ -68,7 +68,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or positive"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if self.top_k < 0:
@@ -105,8 +107,12 @@ class Generation:
     drafted: list[int]  # nodes proposed, the root not counted, per round
     seconds: float  # wall time, prefill included
     prefill_seconds: float
-    seconds_by_part: dict[str, float] = field(default_factory=dict)  # draft, target, verify, keep, observe
-    gaps: list[float] = field(default_factory=list)  # top-two logit gap at each emitted token, when asked for
+    seconds_by_part: dict[str, float] = field(
+        default_factory=dict
+    )  # draft, target, verify, keep, observe
+    gaps: list[float] = field(
+        default_factory=list
+    )  # top-two logit gap at each emitted token, when asked for
 
     @property
     def num_passes(self) -> int:
@@ -161,7 +167,9 @@ class _Batch:
         is_kept = places < counts[:, None]
         self.tokens[rows[:, None].expand_as(slots)[is_kept], slots[is_kept]] = emitted[is_kept]
         self.num_new[rows] += counts
-        self.is_done[rows] = (is_stop & is_kept).any(1) | (self.num_new[rows] == self.tokens.shape[1])
+        self.is_done[rows] = (is_stop & is_kept).any(1) | (
+            self.num_new[rows] == self.tokens.shape[1]
+        )
 
 
 def decode(
@@ -188,7 +196,11 @@ def decode(
     sampling = Sampling(temperature, top_p, top_k)
     max_new_tokens = _room(target, prompts, max_new_tokens)
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    uniforms = None if sampling.is_greedy else position_uniforms(seeds, max_new_tokens + drafter.max_nodes, target.device)
+    uniforms = (
+        None
+        if sampling.is_greedy
+        else position_uniforms(seeds, max_new_tokens + drafter.max_nodes, target.device)
+    )
     stop_ids = target.stop_ids[:0] if ignore_stop else target.stop_ids
     loop = _Loop(target, drafter, sampling, uniforms, stop_ids, record_gaps)
     generations = loop.run(prompts, max_new_tokens, on_round)
@@ -202,7 +214,9 @@ def decode_autoregressively(
     return decode(target, Autoregressive(), prompt_ids, **options)
 
 
-def position_uniforms(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
+def position_uniforms(
+    seeds: Sequence[int], length: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """(B, length) draws in [0, 1), row b from its own seed: the same whatever the batch and whatever is drafted."""
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
@@ -233,14 +247,22 @@ class _Loop:
     """One call of `decode`: the parts that stay the same from round to round."""
 
     def __init__(
-        self, target: Target, drafter: Drafter, sampling: Sampling, uniforms: Tensor | None, stop_ids: Tensor, record_gaps: bool
+        self,
+        target: Target,
+        drafter: Drafter,
+        sampling: Sampling,
+        uniforms: Tensor | None,
+        stop_ids: Tensor,
+        record_gaps: bool,
     ):
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.uniforms, self.stop_ids, self.record_gaps = uniforms, stop_ids, record_gaps
         self.clock = Clock(target.device)
 
     @torch.inference_mode()
-    def run(self, prompts: list[list[int]], max_new_tokens: int, on_round: Callable[[int], None] | None) -> list[Generation]:
+    def run(
+        self, prompts: list[list[int]], max_new_tokens: int, on_round: Callable[[int], None] | None
+    ) -> list[Generation]:
         batch, rows, cache = self._begin(prompts, max_new_tokens)
         prefill_seconds = self.clock.elapsed()
         while not batch.is_done.all():
@@ -252,7 +274,9 @@ class _Loop:
                 on_round(int(batch.num_new.sum()) - num_before)
         return self._generations(batch, prefill_seconds)
 
-    def _begin(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[_Batch, Tensor, KVCache]:
+    def _begin(
+        self, prompts: list[list[int]], max_new_tokens: int
+    ) -> tuple[_Batch, Tensor, KVCache]:
         tokens, lengths = pad(prompts, self.target.device)
         capacity = tokens.shape[1] + max_new_tokens + self.drafter.max_nodes
         with self.clock.part("prefill"):
@@ -260,7 +284,9 @@ class _Loop:
         rows = torch.arange(len(prompts), device=self.target.device)
         new_tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=rows.device)
         is_done = torch.zeros(len(prompts), dtype=torch.bool, device=rows.device)
-        batch = _Batch(new_tokens, torch.zeros_like(rows), is_done, *([[] for _ in prompts] for _ in range(3)))
+        batch = _Batch(
+            new_tokens, torch.zeros_like(rows), is_done, *([[] for _ in prompts] for _ in range(3))
+        )
         roots = self._first_tokens(scores)
         batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, torch.zeros_like(rows)[:, None])
@@ -290,7 +316,9 @@ class _Loop:
             self.drafter.observe(verdict, scores)
         batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, verdict.path)
-        counts = zip(rows.tolist(), verdict.num_accepted.tolist(), tree.num_nodes.tolist(), strict=True)
+        counts = zip(
+            rows.tolist(), verdict.num_accepted.tolist(), tree.num_nodes.tolist(), strict=True
+        )
         for row, num_accepted, num_nodes in counts:
             batch.accepted[row].append(num_accepted)
             batch.drafted[row].append(num_nodes - 1)
@@ -300,7 +328,9 @@ class _Loop:
             return verify_greedy(tree, scores.logits.argmax(-1))
         here = torch.arange(len(rows), device=rows.device)
         uniforms = self.uniforms[rows].gather(1, num_new[:, None] + tree.depths())
-        return verify_sample(tree, lambda nodes: self.sampling.probs(scores.logits[here, nodes]), uniforms)
+        return verify_sample(
+            tree, lambda nodes: self.sampling.probs(scores.logits[here, nodes]), uniforms
+        )
 
     def _note_gaps(self, batch: _Batch, rows: Tensor, logits: Tensor, path: Tensor) -> None:
         """Record how far the chosen token's logit led, for the audit of half-precision ties."""
@@ -315,8 +345,15 @@ class _Loop:
         seconds = self.clock.elapsed()
         parts = dict(self.clock.seconds)
         return [
-            Generation(tokens[:count], accepted, drafted, seconds, prefill_seconds, parts, gaps[:count])
+            Generation(
+                tokens[:count], accepted, drafted, seconds, prefill_seconds, parts, gaps[:count]
+            )
             for tokens, count, accepted, drafted, gaps in zip(
-                batch.tokens.tolist(), batch.num_new.tolist(), batch.accepted, batch.drafted, batch.gaps, strict=True
+                batch.tokens.tolist(),
+                batch.num_new.tolist(),
+                batch.accepted,
+                batch.drafted,
+                batch.gaps,
+                strict=True,
             )
         ]

@@ -1,10 +1,12 @@
 """Draft trees: candidate continuations of a sequence as tokens and parents, nothing else.
 
-One representation serves every drafter: a chain is a tree with one child per node, and plain autoregressive decoding is
-a tree of one node. Depths, ancestor masks and packed bits are derived on demand and never stored beside the parents.
+One representation serves every drafter: a chain is a tree with one child per node, and plain
+autoregressive decoding is a tree of one node. Depths, ancestor masks and packed bits are derived on
+demand and never stored beside the parents.
 
-Shapes everywhere in this package: `B` sequences, `N` tree nodes, `S` cache slots, `V` vocabulary, `H` hidden size,
-`Hq` query heads, `Hkv` key-value heads, `D` head size, `P` = `N` padded path entries.
+Shapes everywhere in this package: `B` sequences, `N` tree nodes, `S` cache slots, `V` vocabulary,
+`H` hidden size, `Hq` query heads, `Hkv` key-value heads, `D` head size, `P` = at most `N` padded
+path entries.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class DraftTree:
 
     @classmethod
     def chain(cls, tokens: Tensor, lengths: Tensor | None = None) -> DraftTree:
-        """One child per node: `tokens` (B, N) starts with the root; `lengths` (B,) counts the real nodes of each row."""
+        """One child per node: `tokens` (B, N) starts with the root.
+
+        `lengths` (B,) counts the real nodes of each row where they are not all real.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         parents = positions - 1
         if lengths is not None:
@@ -50,10 +55,14 @@ class DraftTree:
         return self.is_node.sum(1)
 
     def ancestor_mask(self) -> Tensor:
-        """(B, N, N) bool: [b, i, j] says that node j is node i or one of its ancestors; padding sees nothing."""
+        """(B, N, N) bool: [b, i, j] says that node j is node i or one of its ancestors.
+
+        Padding sees nothing, and nothing sees it.
+        """
         N = self.parents.shape[1]
         node_ids = torch.arange(N, device=self.parents.device)
-        mask = (self.parents[:, :, None] == node_ids) | torch.eye(N, dtype=torch.bool, device=node_ids.device)
+        itself = torch.eye(N, dtype=torch.bool, device=node_ids.device)
+        mask = (self.parents[:, :, None] == node_ids) | itself
         # squaring a reachability relation doubles the distance it covers
         covered = 1
         while covered < N - 1:
@@ -66,7 +75,7 @@ class DraftTree:
         return (self.ancestor_mask().sum(-1) - 1).clamp_min(0)
 
     def packed_ancestors(self) -> Tensor:
-        """(B, N, ceil(N / 32)) int64 words holding the unsigned 32-bit ancestor bits: bit j % 32 of word j // 32."""
+        """(B, N, ceil(N / 32)) int64 words of 32 ancestor bits each: bit j % 32 of word j // 32."""
         mask = self.ancestor_mask()
         num_words = -(-mask.shape[-1] // WORD_BITS)
         padded = torch.nn.functional.pad(mask, (0, num_words * WORD_BITS - mask.shape[-1]))
@@ -80,9 +89,10 @@ class DraftTree:
     def validate(self, vocab_size: int | None = None, allow_duplicates: bool = False) -> None:
         """Raise a ValueError that names the value where this is not a tree in the form above."""
         tokens, parents = self.tokens, self.parents
-        if tokens.ndim != 2 or tokens.shape != parents.shape:
+        if tokens.ndim != 2 or tokens.shape != parents.shape or not tokens.shape[1]:
             raise ValueError(
-                f"a draft tree needs tokens and parents of one shape (B, N), not {tuple(tokens.shape)} and {tuple(parents.shape)}"
+                "a draft tree needs tokens and parents of one shape (B, N), not"
+                f" {tuple(tokens.shape)} and {tuple(parents.shape)}"
             )
         faults = self._faults(vocab_size, allow_duplicates)
         if torch.stack([fault.any() for fault in faults.values()]).any():
@@ -92,14 +102,16 @@ class DraftTree:
         tokens, parents, is_node = self.tokens, self.parents, self.is_node
         node_ids = torch.arange(parents.shape[1], device=parents.device)
         is_below = node_ids > 0
+        resumes = torch.diff(is_node.int(), dim=1, prepend=is_node[:, :1].int()) > 0
         faults = {
             "the root must be node 0 with parent -1": (parents == ROOT) != ~is_below,
             "a parent must come before its child": is_node & is_below & (parents >= node_ids),
             "parents below -2 do not exist": parents < PADDING,
-            "padding must come after every node": torch.diff(is_node.int(), dim=1, prepend=is_node[:, :1].int()) > 0,
+            "padding must come after every node": resumes,
         }
         if vocab_size is not None:
-            faults[f"token ids must lie in 0..{vocab_size - 1}"] = is_node & ((tokens < 0) | (tokens >= vocab_size))
+            is_unknown = (tokens < 0) | (tokens >= vocab_size)
+            faults[f"token ids must lie in 0..{vocab_size - 1}"] = is_node & is_unknown
         if not allow_duplicates:
             faults["siblings must differ"] = is_node & _repeats_a_sibling(tokens, parents)
         return faults
@@ -107,26 +119,33 @@ class DraftTree:
 
 def _repeats_a_sibling(tokens: Tensor, parents: Tensor) -> Tensor:
     """(B, N) bool: an earlier node has the same parent and token."""
-    same = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
-    return same.tril(-1).any(-1)
+    same_token = tokens[:, :, None] == tokens[:, None, :]
+    same_parent = parents[:, :, None] == parents[:, None, :]
+    return (same_token & same_parent).tril(-1).any(-1)
 
 
 def _describe_fault(tree: DraftTree, faults: dict[str, Tensor]) -> str:
     rule, where = next((rule, fault) for rule, fault in faults.items() if fault.any())
     row, node = where.nonzero()[0].tolist()
     token, parent = tree.tokens[row, node].item(), tree.parents[row, node].item()
-    return f"malformed draft tree: {rule}, but node {node} of sequence {row} has token {token} and parent {parent}"
+    return (
+        f"malformed draft tree: {rule}, but node {node} of sequence {row}"
+        f" has token {token} and parent {parent}"
+    )
 
 
-def keep_best(tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: int) -> tuple[DraftTree, Tensor]:
-    """Prune a pool of nodes to the root and the best others; also the pool ids kept (EAGLE-2's re-ranking).
+def keep_best(
+    tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: int
+) -> tuple[DraftTree, Tensor]:
+    """Prune a pool of nodes to the root and the best others, as EAGLE-2 ranks its candidates again.
 
-    `tokens`, `parents`, `scores` are (B, pool) with the root first and parents before children; a child never scores
-    above its parent, and the stable sort breaks ties toward the earlier, shallower node: so ancestors are always kept.
+    `tokens`, `parents`, `scores` are (B, pool) with the root first and parents before children; a
+    child never scores above its parent, and the stable sort breaks ties toward the earlier node: so
+    ancestors are always kept. Returns the tree and the pool ids kept (B, nodes), in pool order.
     """
-    num_nodes = min(num_nodes, tokens.shape[1])
-    ranked = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : num_nodes - 1] + 1
-    kept = torch.cat([torch.zeros_like(ranked[:, :1]) if ranked.shape[1] else ranked.new_zeros(len(tokens), 1), ranked], 1)
+    assert num_nodes >= 1, f"a tree of {num_nodes} nodes has no room for its root"
+    ranked = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices + 1
+    kept = torch.cat([ranked.new_zeros(len(tokens), 1), ranked[:, : num_nodes - 1]], 1)
     kept = kept.sort(dim=1).values
     new_ids = torch.full_like(parents, PADDING)
     new_ids.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))

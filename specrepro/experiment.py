@@ -1,20 +1,19 @@
-"""Experiments: a paper rerun at a tier, from prompts to rows, figures and a verdict; and the command line for it.
+"""Experiments: a paper rerun at a tier, from prompts to rows, figures and a verdict.
 
-A `Run` is what a notebook holds: the target, the questions, the rows measured so far. Its stages are cached: records
-are appended prompt by prompt and a second run of the same configuration measures nothing twice. A run whose
-configuration changed starts afresh, or, asked to resume, refuses and shows the difference.
+A `Run` is what a notebook holds: the target, the questions, the rows measured so far. Records are
+appended prompt by prompt, and a second run of the same configuration measures nothing twice. A run
+whose configuration changed starts afresh, or, asked to resume, refuses and shows the difference.
 
-`python -m specrepro.experiment <paper>` executes `notebooks/<paper>.ipynb` with papermill; `--dry-run` says what that
-would fetch, take and write.
+Rows of several tiers share one results.csv: a run replaces those of its own tier. The tables of
+the README are functions of those rows (`write_readme_tables`).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,45 +24,36 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from specrepro import (
-    assets,
-    checkpoints,
-    claims,
-    decoding,
-    figures,
-    losslessness,
-    measure,
-    prompts,
-    rows,
-    target_model,
-)
+from specrepro import checkpoints, claims, decoding, figures, losslessness, measure, prompts, rows
+from specrepro import target_model as targets
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 PAPERS = {
-    "eagle3": "EAGLE-3: a draft head on fused target features, trained by testing itself (arXiv:2503.01840)",
+    "eagle3": "EAGLE-3: a draft head on fused features, trained by testing itself (2503.01840)",
 }
 COMMITTED = "committed full rows"
-Loaders = Mapping[str, Callable[[target_model.Target], decoding.Drafter]]
+Loaders = Mapping[str, Callable[[targets.Target], decoding.Drafter]]
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
     """How much a run measures; one dial for every paper."""
 
+    about: str
+    time: str
     num_prompts: int  # per prompt set
     max_new_tokens: int
     repeats: int
     audited_prompts: int  # decoded again for losslessness
     audited_tokens: int
-    minutes: str  # on two CPU cores with the embedded target
-    about: str
 
 
 TIERS = {
-    "smoke": Tier(1, 16, 1, 1, 12, "3", "a handful of prompts, to see that everything runs"),
-    "laptop": Tier(6, 128, 1, 6, 64, "15", "the committed checkpoint, enough prompts for intervals"),
-    "full": Tier(40, 128, 3, 40, 128, "hours", "everything from scratch; makes the committed checkpoint and rows"),
-    "paper": Tier(80, 512, 3, 40, 128, "hours on GPUs", "the paper's targets, prompts and settings"),
+    "smoke": Tier("a prompt per set, to see that everything runs", "3 minutes", 1, 16, 1, 2, 12),
+    "laptop": Tier("the committed checkpoint, with intervals", "15 minutes", 6, 128, 1, 6, 64),
+    "full": Tier("trains from scratch; makes what is committed", "hours", 40, 128, 3, 40, 128),
+    "paper": Tier("the paper's targets and settings, on GPUs", "hours", 80, 512, 3, 40, 128),
 }
 
 
@@ -71,48 +61,57 @@ class Run:
     """One paper at one tier on one target: what its notebook asks questions of."""
 
     def __init__(
-        self, paper: str, *, tier: str = "laptop", target: str = "smollm2", dtype: str = "auto", num_prompts: int = 0,
-        max_new_tokens: int = 0, seed: int = 0, figures_dir: str | Path = "figures", resume: bool = False,
-    ):  # fmt: skip
+        self,
+        paper: str,
+        *,
+        tier: str = "laptop",
+        target: str = targets.EMBEDDED,
+        dtype: str = "auto",
+        num_prompts: int = 0,
+        max_new_tokens: int = 0,
+        seed: int = 0,
+        figures_dir: str | Path = "figures",
+    ):
         self.paper, self.tier_name, self.tier = paper, tier, tier_named(tier)
         self.target_name, self.dtype, self.seed = target, dtype, seed
         self.num_prompts = num_prompts or self.tier.num_prompts
         self.max_new_tokens = max_new_tokens or self.tier.max_new_tokens
         self.folder = Path(figures_dir) / paper
-        self.records_path = self.folder / "records" / f"{tier}.jsonl"
+        self.records_path = records_path(self.folder, tier)
         self._began = time.perf_counter()
-        self._rows: list[pd.DataFrame] = []
+        self._tables: list[pd.DataFrame] = []
         require_writable(self.folder)
-        self._settle(resume)
 
-    @property
-    def identity(self) -> dict[str, object]:
-        """What the records depend on."""
-        return {
-            "paper": self.paper, "tier": self.tier_name, "target": self.target_name, "dtype": self.dtype,
-            "max_new_tokens": self.max_new_tokens, "repeats": self.tier.repeats, "seed": self.seed,
-        }  # fmt: skip
+    def depends_on(self, resume: bool = False, **what: object) -> None:
+        """Say what the records depend on besides the run's own settings: checkpoint, tree.
 
-    def _settle(self, resume: bool) -> None:
-        """Go on with records of the same configuration; set others aside, or refuse where asked to resume."""
+        Goes on with records of the same configuration and sets others aside; with `resume` it
+        raises a ValueError that shows what changed.
+        """
+        self.identity = {
+            "paper": self.paper,
+            "tier": self.tier_name,
+            "target": self.target_name,
+            "dtype": self.dtype,
+            "max_new_tokens": self.max_new_tokens,
+            "repeats": self.tier.repeats,
+            "seed": self.seed,
+        } | json.loads(json.dumps(what))
         path = self.records_path.with_suffix(".json")
-        if path.is_file() and (before := json.loads(path.read_text())) != self.identity:
-            changed = [key for key in self.identity if before.get(key) != self.identity[key]]
-            differences = ", ".join(f"{key} was {before.get(key)!r} and is {self.identity[key]!r}" for key in changed)
+        before = json.loads(path.read_text()) if path.is_file() else self.identity
+        if before != self.identity:
             if resume:
-                raise ValueError(f"cannot resume {self.records_path}: {differences}; restore the setting or drop --resume")
-            self.set_aside()
+                changes = _differences(before, self.identity)
+                raise ValueError(
+                    f"cannot resume {self.records_path}: {changes};"
+                    " restore the setting or drop --resume"
+                )
+            set_aside(self.records_path)
         checkpoints.write_text(path, json.dumps(self.identity, indent=2) + "\n")
 
-    def set_aside(self) -> None:
-        """Keep the records there are under another name and start with none."""
-        if self.records_path.exists():
-            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-            self.records_path.rename(self.records_path.with_suffix(f".{stamp}.jsonl"))
-
     @cached_property
-    def target(self) -> target_model.Target:
-        return target_model.load(self.target_name, dtype=self.dtype)
+    def target(self) -> targets.Target:
+        return targets.load(self.target_name, dtype=self.dtype)
 
     @cached_property
     def environment(self) -> dict[str, object]:
@@ -121,82 +120,101 @@ class Run:
     def questions(self, name: str, num_prompts: int = 0) -> list[tuple[str, list[int]]]:
         """The first prompts of a set as (id, token ids)."""
         chosen = prompts.load(name, num_prompts or self.num_prompts, self.seed)
-        room = min(self.target.max_context - self.max_new_tokens, 2048)
-        return [(prompt.id, prompts.encode(self.target.tokenizer, prompt, room)) for prompt in chosen]
+        room = self.target.max_context - self.max_new_tokens
+        return [(one.id, prompts.encode(self.target.tokenizer, one, room)) for one in chosen]
 
     def compare(
-        self, methods: measure.Methods, sets: Sequence[str] = tuple(prompts.PROMPT_SETS),
-        temperatures: Sequence[float] = (0.0, 1.0), batch: int = 1, num_prompts: int = 0, path: Path | None = None,
-    ) -> list[measure.Record]:  # fmt: skip
-        """Decode the prompt sets by every method and the baseline; what is on record is not decoded again."""
-        records = []
-        for name in sets:
-            for temperature in temperatures:
-                records += measure.compare(
-                    self.target, methods, self.questions(name, num_prompts), prompts=name, path=path or self.records_path,
-                    temperature=temperature, max_new_tokens=self.max_new_tokens, batch=batch,
-                    repeats=self.tier.repeats, seed=self.seed,
-                )  # fmt: skip
-        return records
+        self,
+        methods: measure.Methods,
+        sets: Sequence[str] = tuple(prompts.PROMPT_SETS),
+        temperatures: Sequence[float] = (0.0, 1.0),
+        batch: int = 1,
+    ) -> list[measure.Record]:
+        """Decode the prompt sets by every method and the baseline, unless that is on record."""
+        settings = [(name, temperature) for name in sets for temperature in temperatures]
+        records = [
+            measure.compare(
+                self.target, methods, self.questions(name), prompts=name, path=self.records_path,
+                temperature=temperature, max_new_tokens=self.max_new_tokens, batch=batch,
+                repeats=self.tier.repeats, seed=self.seed,
+            )
+            for name, temperature in settings
+        ]  # fmt: skip
+        return sum(records, [])
 
-    def keep(self, *tables: pd.DataFrame) -> pd.DataFrame:
-        """Add rows to the run's, stamped with where they come from; returns all rows so far."""
+    def decode_rows(self, records: Sequence[measure.Record]) -> pd.DataFrame:
+        """Rows of quantity "decode" from records, with intervals."""
+        return rows.rows_of(records, self.environment, self.tier_name, paper=self.paper)
+
+    def sweep(
+        self, settings: Mapping[str, tuple[decoding.Drafter, dict[str, object]]], name: str = "chat"
+    ) -> pd.DataFrame:
+        """Drafters on one prompt set, greedy: rows of quantity "sweep" with each one's columns."""
+        drafters = {method: drafter for method, (drafter, _) in settings.items()}
+        found = self.decode_rows(self.compare(drafters, (name,), (0.0,)))
+        found = found[found["method"].isin(settings)]
+        columns = pd.DataFrame([settings[method][1] for method in found["method"]], found.index)
+        return found.drop(columns=["quantity", *columns.columns], errors="ignore").assign(
+            quantity="sweep", **columns
+        )
+
+    def keep(self, *tables: pd.DataFrame) -> None:
+        """Add rows to the run's, stamped with where they come from."""
         for table in tables:
-            self._rows.append(rows.stamp(table, self.environment, self.tier_name, paper=self.paper))
-        return self.rows
+            stamped = rows.stamp(table, self.environment, self.tier_name, paper=self.paper)
+            self._tables.append(stamped)
+
+    def keep_or_recall(self, quantity: str, make: Callable[[], pd.DataFrame]) -> None:
+        """Add a long series: measured, except at `laptop` where the repository has it already."""
+        found = self._committed(quantity) if self.tier_name == "laptop" else pd.DataFrame()
+        if len(found):
+            self._tables.append(found)
+        else:
+            self.keep(make())
+
+    def _committed(self, quantity: str) -> pd.DataFrame:
+        """The rows of one quantity that the `full` tier left in the repository, marked as such."""
+        path = ROOT / "figures" / self.paper / "results.csv"
+        if not path.is_file():
+            return pd.DataFrame()
+        found = pd.read_csv(path)
+        is_wanted = (found["quantity"] == quantity) & (found["tier"] == "full")
+        return found[is_wanted].assign(source=COMMITTED)
 
     @property
     def rows(self) -> pd.DataFrame:
-        filled = [table for table in self._rows if len(table)]
-        return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=rows.COLUMNS)
-
-    def committed(self, quantity: str) -> pd.DataFrame:
-        """The rows of one quantity that the `full` tier left in the repository, marked as such; empty where none are."""
-        path = ROOT / "figures" / self.paper / "results.csv"
-        if not path.is_file():
+        """Every row so far."""
+        filled = [table for table in self._tables if len(table)]
+        if not filled:
             return pd.DataFrame(columns=rows.COLUMNS)
-        found = pd.read_csv(path)
-        return found[(found["quantity"] == quantity) & (found["tier"] == "full")].assign(source=COMMITTED)
+        return pd.concat(filled, ignore_index=True)
 
-    def measured_or_committed(
-        self, quantity: str, tiers: Sequence[str], measure_it: Callable[..., pd.DataFrame], *arguments: object
-    ) -> None:
-        """Measure a long series at the tiers named; elsewhere take the committed rows, or measure where there are none."""
-        found = pd.DataFrame() if self.tier_name in tiers else self.committed(quantity)
-        if len(found):
-            self._rows.append(found)
-        else:
-            self.keep(measure_it(*arguments))
+    def of(self, *quantities: str) -> pd.DataFrame:
+        """The rows of some quantities, without the columns that none of them fills."""
+        found = self.rows
+        return found[found["quantity"].isin(quantities)].dropna(axis=1, how="all")
 
     def audit(self, loaders: Loaders, sets: Sequence[str] = ("chat", "humaneval")) -> pd.DataFrame:
-        """Is every method lossless, at batch 1 and 4? In the run's dtype only near ties may part; float32 is exact.
+        """Is every method lossless, at batch 1 and 4?
 
-        The float32 check decodes fewer tokens, and always runs, since it is the one that carries the claim.
+        In the run's own dtype only near ties may part. Float32 carries the claim of exactness; it
+        is slow, so it decodes half as many tokens.
         """
-        self._audit(self.target, loaders, sets, self.tier.audited_tokens)
-        if self.dtype != "float32":
-            exact = target_model.load(self.target_name, dtype="float32")
-            self._audit(exact, loaders, sets, self.tier.audited_tokens // 2)
-        return self.rows[self.rows["quantity"].isin(["losslessness", "near_tie"])]
-
-    def _audit(self, target: target_model.Target, loaders: Loaders, sets: Sequence[str], max_new_tokens: int) -> None:
-        num_prompts = max(1, self.tier.audited_prompts // len(sets))
-        drafters = {name: load(target) for name, load in loaders.items()}
-        for name in sets:
-            for batch in (1, 4):
-                table = losslessness.losslessness(
-                    target, drafters, self.questions(name, num_prompts), prompts=name, max_new_tokens=max_new_tokens,
-                    batch=batch, seed=self.seed,
-                )  # fmt: skip
-                self.keep(table)
-
-    def sweep(self, settings: dict[str, tuple[decoding.Drafter, dict[str, object]]], prompts_name: str = "chat") -> pd.DataFrame:
-        """One drafter under several settings: rows of quantity "sweep" that carry each setting's columns."""
-        records = self.compare({name: drafter for name, (drafter, _) in settings.items()}, (prompts_name,), (0.0,))
-        found = rows.rows_of(records, self.environment, self.tier_name, paper=self.paper)
-        found = found[found["method"].isin(settings)]
-        columns = pd.DataFrame([settings[name][1] for name in found["method"]], index=found.index)
-        return pd.concat([found.drop(columns=["quantity", "method"]), columns], axis=1).assign(quantity="sweep")
+        exact = targets.load(self.target_name, dtype="float32")
+        for target, num_tokens in (
+            (self.target, self.tier.audited_tokens),
+            (exact, self.tier.audited_tokens // 2),
+        ):
+            drafters = {name: load(target) for name, load in loaders.items()}
+            for name in sets:
+                for batch in (1, 4):
+                    questions = self.questions(name, max(1, self.tier.audited_prompts // len(sets)))
+                    found = losslessness.losslessness(
+                        target, drafters, questions, prompts=name, max_new_tokens=num_tokens,
+                        batch=batch, seed=self.seed,
+                    )  # fmt: skip
+                    self.keep(found)
+        return self.of("losslessness", "near_tie")
 
     def save(self, figure: Figure, name: str) -> Figure:
         """Write figures/<paper>/<name>.png and hand the figure back for the notebook to show."""
@@ -207,22 +225,40 @@ class Run:
         """Write rows, manifest and verdict; return the verdicts."""
         everything = self.rows
         verdicts = claims.judge(claims.load(self.paper), everything, self.tier_name)
-        write_rows(self.folder / "results.csv", everything[everything["source"] != COMMITTED], self.tier_name)
+        own = everything[everything["source"] != COMMITTED]
+        replace_rows(self.folder / "results.csv", own, self.tier_name)
         claims.write_verdict(self.folder / "verdict.json", self.paper, self.tier_name, verdicts)
-        manifest = self.identity | self.environment | {
-            "num_prompts": self.num_prompts, "seconds": round(time.perf_counter() - self._began, 1),
+        manifest = self.identity | self.environment
+        manifest |= {
+            "num_prompts": self.num_prompts,
+            "seconds": round(time.perf_counter() - self._began, 1),
             "figures": sorted(path.name for path in self.folder.glob("fig_*.png")),
-        }  # fmt: skip
+        }
         checkpoints.write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         return verdicts
 
 
-def write_rows(path: Path, table: pd.DataFrame, tier: str) -> None:
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
+
+
+def records_path(folder: Path, tier: str) -> Path:
+    """Where a paper's records of one tier are, below figures/<paper>."""
+    return folder / "records" / f"{tier}.jsonl"
+
+
+def set_aside(records: Path) -> None:
+    """Keep the records there are under another name, so that a run starts with none."""
+    if records.exists():
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        records.rename(records.with_suffix(f".{stamp}.jsonl"))
+
+
+def replace_rows(path: Path, table: pd.DataFrame, tier: str) -> None:
     """Replace the rows of this tier in a results file and leave those of other tiers."""
-    others = pd.DataFrame()
-    if path.is_file():
-        before = pd.read_csv(path)
-        others = before[before["tier"] != tier]
+    others = pd.read_csv(path) if path.is_file() else table.iloc[:0]
+    others = others[others["tier"] != tier]
     merged = pd.concat([others, table], ignore_index=True) if len(others) else table
     checkpoints.write_text(path, merged.to_csv(index=False))
 
@@ -234,141 +270,73 @@ def tier_named(name: str) -> Tier:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise one clear error before anything is measured where results could not be written."""
+    """Raise one clear error, before anything is measured, where results could not be written."""
+    remedy = "choose another with -p figures_dir FOLDER"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another with -p figures_dir FOLDER") from None
+        raise OSError(f"cannot write to {folder} ({error.strerror}); {remedy}") from None
     if shutil.disk_usage(folder).free < 50e6:
-        raise OSError(f"less than 50 MB are free at {folder}; make room or choose another with -p figures_dir FOLDER")
+        raise OSError(f"less than 50 MB are free at {folder}; make room or {remedy}")
 
 
-# --- the command line
+# --- the README's tables
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a paper's notebook; 0 when it reached its verdict, 2 for a wrong call, 1 for a failed run, 130 when interrupted."""
-    options = _parse(arguments)
-    if options.paper == "list":
-        print("\n".join(f"{name:10} {about}" for name, about in PAPERS.items()))
-        return 0
-    names = list(PAPERS) if options.paper == "all" else [options.paper]
-    return max(_reproduce(name, options) for name in names)
+def write_readme_tables(path: Path = README) -> None:
+    """Redo what stands between `<!-- rows: <paper> -->` and `<!-- end -->` from committed rows."""
+    checkpoints.write_text(path, with_tables(path.read_text()))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="./reproduce.sh", description="Rerun a paper, redraw its figures and print the verdict.",
-        epilog="papers: " + "; ".join(PAPERS) + ". tiers: " + "; ".join(f"{k} ({t.about})" for k, t in TIERS.items()),
-    )  # fmt: skip
-    parser.add_argument("paper", help="a paper, or list, or all")
-    parser.add_argument("--tier", default="laptop", help="how much to measure: " + ", ".join(TIERS))
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of the notebook")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; refuse where a setting changed")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is on record already")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, taken and written")
-    parser.add_argument("--from-scratch", action="store_true", help="make the corpus and train instead of using the committed ones")
-    options = parser.parse_args(arguments)
-    if options.paper not in (*PAPERS, "list", "all"):
-        parser.error(f"unknown paper {options.paper!r}; choose one of {', '.join(PAPERS)}")
-    if options.tier not in TIERS:
-        parser.error(f"unknown tier {options.tier!r}; choose one of {', '.join(TIERS)}")
-    return options
+def with_tables(text: str) -> str:
+    """A README text with its generated tables made anew."""
+    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: found[1] + table_of(found[2]) + found[3], text)
 
 
-def _reproduce(paper: str, options: argparse.Namespace) -> int:
-    notebook = ROOT / "notebooks" / f"{paper}.ipynb"
-    try:
-        parameters = _parameters(notebook, options)
-        figures_dir = Path(str(parameters.get("figures_dir", "figures")))
-        if options.dry_run:
-            print(plan(paper, options.tier, parameters))
-            return 0
-        require_writable(figures_dir / paper)
-        if options.fresh:
-            Run(paper, tier=options.tier, figures_dir=figures_dir).set_aside()
-        return _execute(notebook, figures_dir / paper, parameters)
-    except _WrongCall as error:
-        print(f"reproduce.sh: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, assets.AssetError) as error:
-        print(f"reproduce.sh: {error}", file=sys.stderr)
-        return 1
+def table_of(paper: str) -> str:
+    """Speedup and tau per prompt set with intervals, measured beside reported, in Markdown."""
+    found = best_tier(pd.read_csv(ROOT / "figures" / paper / "results.csv"))
+    decoded = found[(found["quantity"] == "decode") & (found["batch"] == 1)]
+    decoded = decoded[decoded["method"] != measure.AUTOREGRESSIVE]
+    reported = claims.reported(paper)
+    head = (
+        "| method | T | prompts | n | speedup [95 %] | tau [95 %] | reported (Llama-3.1-8B) |\n"
+        "|---|---|---|---|---|---|---|\n"
+    )
+    lines = [_table_line(row, reported) for row in decoded.to_dict("records")]
+    return head + "".join(lines) + _provenance(decoded)
 
 
-class _WrongCall(ValueError):
-    """A parameter that the notebook does not have, or of another type."""
+def best_tier(found: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the tier that measured most."""
+    present = [tier for tier in TIERS if tier in set(found["tier"])]
+    return found[found["tier"] == present[-1]]
 
 
-def _parameters(notebook: Path, options: argparse.Namespace) -> dict[str, object]:
-    """The notebook's parameters as the command line sets them; papermill itself would ignore a misspelt one."""
-    import papermill
-
-    known = papermill.inspect_notebook(str(notebook))
-    given = {"tier": options.tier, "resume": options.resume, "from_scratch": options.from_scratch}
-    for name, value in options.p:
-        if name not in known:
-            raise _WrongCall(f"unknown parameter {name!r} of {notebook.stem}; choose one of {', '.join(known)}")
-        given[name] = _typed(name, value, known[name]["inferred_type_name"])
-    return given
-
-
-def _typed(name: str, value: str, kind: str) -> object:
-    truths = {"true": True, "false": False, "1": True, "0": False}
-    try:
-        return {"int": int, "float": float, "bool": lambda v: truths[v.lower()]}.get(kind, str)(value)
-    except (ValueError, KeyError):
-        raise _WrongCall(f"parameter {name} takes {kind}, not {value!r}") from None
-
-
-def _execute(notebook: Path, folder: Path, parameters: dict[str, object]) -> int:
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    try:
-        papermill.execute_notebook(
-            str(notebook), str(folder / "executed.ipynb"), parameters, cwd=str(Path.cwd()), progress_bar=False,
-            log_output=False, stdout_file=sys.stderr, stderr_file=sys.stderr,
-        )  # fmt: skip
-    except PapermillExecutionError as error:
-        last = str(error.evalue).strip().splitlines()
-        print(f"reproduce.sh: {error.ename}: {last[0] if last else 'no message'}", file=sys.stderr)
-        print(f"reproduce.sh: the executed notebook up to there is {folder / 'executed.ipynb'}", file=sys.stderr)
-        return 130 if error.ename == "KeyboardInterrupt" else 1
-    except KeyboardInterrupt:
-        print("reproduce.sh: interrupted; nothing measured is lost, go on with --resume", file=sys.stderr)
-        return 130
-    print(claims_table(folder / "verdict.json"))
-    return 0
-
-
-def claims_table(path: Path) -> str:
-    """The verdicts of a verdict.json, as the terminal shows them."""
-    found = json.loads(path.read_text())["claims"]
-    return claims.as_table([claims.Verdict(**verdict) for verdict in found])
-
-
-def plan(paper: str, tier: str, parameters: dict[str, object]) -> str:
-    """What a run would do, fetch, take and write, and what is missing for it."""
-    chosen, target = tier_named(tier), parameters.get("target", "smollm2")
-    is_cached = {name: (assets.cache_dir() / f"{a.package}-{a.version}").exists() for name, a in assets.ARCHIVES.items()}
-    lines = [
-        f"{PAPERS[paper]}",
-        f"tier      {tier}: {chosen.about}",
-        f"target    {target}",
-        f"measures  {chosen.num_prompts} prompts of each of {len(prompts.PROMPT_SETS)} sets at temperature 0 and 1,"
-        f" {chosen.max_new_tokens} new tokens, {chosen.repeats} repeats",
-        f"time      {chosen.minutes} minutes on two CPU cores" if chosen.minutes.isdigit() else f"time      {chosen.minutes}",
-        "memory    under 6 GB" if target == "smollm2" else "memory    the target's weights plus 4 GB",
-        f"disk      1.0 GB in {assets.cache_dir()}" + (", 10 GB for features" if parameters.get("from_scratch") else ""),
-        "archives  " + ", ".join(f"{name} ({'here' if here else 'to be fetched'})" for name, here in is_cached.items()),
-        f"writes    {Path(str(parameters.get('figures_dir', 'figures'))) / paper}/: results.csv, verdict.json, manifest.json, fig_*.png",
+def _table_line(row: Mapping[str, object], reported: pd.DataFrame) -> str:
+    beside = reported[
+        (reported["model"] == "Llama-3.1-8B")
+        & (reported["table"] == "Table 1")
+        & (reported["method"] == row["method"])
+        & (reported["prompts"] == row["prompts"])
+        & (reported["temperature"] == row["temperature"])
     ]
-    return "\n".join(lines)
+    theirs = [f"{one['speedup']:.2f}x / {one['tau']:.2f}" for one in beside.to_dict("records")]
+    ours = [
+        f"{row[name]:.2f}{unit} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+        for name, unit in (("speedup", "x"), ("tau", ""))
+    ]
+    cells = [row["method"], f"{row['temperature']:g}", row["prompts"], f"{row['num_prompts']:g}"]
+    return "| " + " | ".join([*cells, *ours, *(theirs or ["-"])]) + " |\n"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _provenance(decoded: pd.DataFrame) -> str:
+    one = decoded.iloc[0]
+    return (
+        f"\nTier `{one['tier']}`, target {one['target']}, {one['dtype']} on {one['device']}"
+        f" ({one['threads']:g} threads), torch {one['torch']}, {str(one['when'])[:10]}.\n"
+    )

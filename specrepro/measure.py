@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 from specrepro.decoding import Autoregressive, Clock, Drafter, Generation, Sampling, decode

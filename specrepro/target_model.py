@@ -1,10 +1,11 @@
-"""The frozen target: any transformers causal LM, unforked, scoring whole draft trees against its own cache.
+"""The frozen target: a transformers causal LM, unforked, scoring draft trees against its own cache.
 
-The model stays the transformers object; only its attention function is ours, registered with `AttentionInterface`, so a
-pass over a tree is the model's own forward with explicit positions. Hidden-state taps are read on entry to the layers
-that EAGLE-3 names, in the same pass.
+The model stays the transformers object; only its attention function is ours, registered with
+`AttentionInterface`, so a pass over a tree is the model's own forward with explicit positions.
+Hidden-state taps are read on entry to the layers that EAGLE-3 names, in the same pass.
 
-Not covered: encoder-decoder models, multimodal inputs, models whose layers keep a recurrent state instead of keys.
+Not covered: encoder-decoder models, multimodal inputs, attention sinks, and models whose layers keep
+a recurrent state instead of keys.
 """
 
 from __future__ import annotations
@@ -15,12 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
 from specrepro import assets
 from specrepro.draft_tree import DraftTree
-from specrepro.tree_verify import Verdict, attention_mask, keep_accepted, packed_attention, store_tree, tree_attention
+from specrepro.tree_verify import (
+    Verdict,
+    attention_mask,
+    keep_accepted,
+    packed_attention,
+    store_tree,
+    tree_attention,
+)
 
 EMBEDDED = "smollm2"
 ATTENTION = "specrepro_tree"
@@ -70,11 +85,16 @@ class _Pass:
             if self.is_prefill:
                 self.masks[window] = _banded_causal(self.tree.tokens, window)
             else:
-                self.masks[window] = attention_mask(self.tree, self.cache.lengths, self._num_slots(), window)
+                self.masks[window] = attention_mask(
+                    self.tree, self.cache.lengths, self._num_slots(), window
+                )
         return self.masks[window]
 
     def _num_slots(self) -> int:
-        """Slots that attention reads; batched products on a CPU would first copy anything but the whole cache."""
+        """Slots that attention reads.
+
+        Batched products on a CPU would first copy anything but the whole cache.
+        """
         B, N = self.tree.tokens.shape
         if B >= 4 and self.tree.tokens.device.type == "cpu":
             return self.cache.capacity
@@ -83,30 +103,38 @@ class _Pass:
 
 def _banded_causal(tokens: Tensor, window: int) -> Tensor:
     B, N = tokens.shape
-    distance = torch.arange(N, device=tokens.device)[:, None] - torch.arange(N, device=tokens.device)
+    positions = torch.arange(N, device=tokens.device)
+    distance = positions[:, None] - positions
     return ((distance >= 0) & (distance < window)).expand(B, N, N)
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    tree_pass: _Pass | None = None, **_: object,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    tree_pass: _Pass | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: heads-first tensors in, (B, N, Hq, D) out."""
+    if tree_pass is None or s_aux is not None:
+        raise ValueError(_unsupported(type(module).__name__, "attends in a way of its own"))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     window = sliding_window or None
-    mask = tree_pass.mask(window)
-    if tree_pass.cache is None:
+    cache, mask = tree_pass.cache, tree_pass.mask(window)
+    if cache is None:
         return packed_attention(q, k, v, mask, scaling, softcap), None
-    k_cache, v_cache = tree_pass.cache.slots[module.layer_idx]
+    k_cache, v_cache = cache.slots[module.layer_idx]
     if tree_pass.is_prefill:
-        store_tree(k, v, k_cache, v_cache, tree_pass.cache.lengths)
+        store_tree(k, v, k_cache, v_cache, cache.lengths)
         return packed_attention(q, k, v, mask, scaling, softcap), None
-    out = tree_attention(
-        q, k, v, k_cache, v_cache, tree_pass.cache.lengths, tree_pass.tree,
-        scale=scaling, window=window, softcap=softcap, mask=mask,
-    )
-    return out, None
+    options = {"scale": scaling, "window": window, "softcap": softcap, "mask": mask}
+    return tree_attention(q, k, v, k_cache, v_cache, cache.lengths, tree_pass.tree, **options), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -116,6 +144,8 @@ class Target:
     """A frozen causal LM with the three operations that a round needs: prefill, verify, keep."""
 
     def __init__(self, model: nn.Module, tokenizer: object | None, name: str):
+        """Take over `model`; raises ValueError where its layers are not plain attention layers."""
+        _require_attention_layers(model, name)
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
@@ -126,23 +156,25 @@ class Target:
         self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self.hidden_size, self.vocab_size = self.config.hidden_size, self.head.weight.shape[0]
         self.max_context = getattr(self.config, "max_position_embeddings", None) or 2**31
-        self.stop_ids = torch.tensor(_stop_ids(model), device=self.device)
+        self.stop_ids = torch.tensor(_stop_ids(model), dtype=torch.long, device=self.device)
         self.tap_layers = tap_layers(self.config.num_hidden_layers)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of at most `capacity` tokens, drafts included."""
-        num_heads = self.config.num_key_value_heads
-        head_dim = getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
-        # heads before slots in memory, since a batched product over few rows runs twice as fast on such keys
-        shape = (self.config.num_hidden_layers, 2, batch, num_heads, capacity, head_dim)
+        num_layers, num_heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.hidden_size // num_heads
+        num_kv_heads = getattr(self.config, "num_key_value_heads", None) or num_heads
+        # heads before slots in memory: a batched product over few rows is twice as fast on such keys
+        shape = (num_layers, 2, batch, num_kv_heads, capacity, head_dim)
         slots = torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(3, 4)
         return KVCache(slots, torch.zeros(batch, dtype=torch.long, device=self.device))
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Scores]:
-        """Run the prompts into a new cache; scores hold the last token's logits (B, 1, V) but taps and states of every token.
+        """Run the prompts into a new cache.
 
-        Shorter prompts are padded on the right; what lies beyond their length is never read.
+        Scores hold the last token's logits (B, 1, V) but taps and states of every token. Shorter
+        prompts are padded on the right; what lies beyond their length is never read.
         """
         tokens, lengths = pad(prompts, self.device)
         cache = self.new_cache(len(prompts), capacity)
@@ -153,7 +185,7 @@ class Target:
 
     @torch.inference_mode()
     def verify(self, cache: KVCache, tree: DraftTree) -> Scores:
-        """Score every node of every tree in one pass; the nodes' keys wait in the cache behind the prefix."""
+        """Score every node of every tree in one pass; their keys wait in the cache for `keep`."""
         hidden, taps = self._forward(_Pass(cache, tree, {}, is_prefill=False))
         return Scores(self.logits(hidden), taps, hidden)
 
@@ -164,14 +196,19 @@ class Target:
 
     @torch.no_grad()  # not inference mode: training differentiates through what it returns
     def features(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Taps (B, N, 3H) and final states (B, N, H) of whole sequences (B, N), for training; keeps no cache."""
+        """Taps (B, N, 3H) and final states (B, N, H) of whole sequences (B, N), for training."""
         hidden, taps = self._forward(_Pass(None, DraftTree.chain(tokens), {}, is_prefill=True))
         return taps, hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's next-token logits of final states (..., H), with the soft-cap of the models that have one."""
+        """Next-token logits of final states (..., H), scaled and capped where the model does so."""
         logits = self.head(hidden)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
+        scale, softcap = (
+            _logit_scale(self.config),
+            getattr(self.config, "final_logit_softcapping", None),
+        )
+        if scale != 1:
+            logits = logits * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def _forward(self, tree_pass: _Pass) -> tuple[Tensor, Tensor]:
@@ -187,8 +224,27 @@ class Target:
         return output.last_hidden_state, torch.cat(taps, -1)
 
 
+def _require_attention_layers(model: nn.Module, name: str) -> None:
+    layers = getattr(model.get_decoder(), "layers", [])
+    are_plain = [hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers]
+    if model.config.is_encoder_decoder or not layers or not all(are_plain):
+        reason = f"is a {model.config.model_type} model, not a decoder of attention layers"
+        raise ValueError(_unsupported(f"target {name!r}", reason))
+
+
+def _unsupported(what: str, why: str) -> str:
+    return f"{what} {why}; choose a causal language model such as Llama, Qwen, Mistral or Gemma"
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    """What Cohere multiplies logits by and Granite divides them by; 1 for the others."""
+    return getattr(config, "logit_scale", None) or 1 / (
+        getattr(config, "logits_scaling", None) or 1
+    )
+
+
 def tap_layers(num_layers: int) -> tuple[int, int, int]:
-    """Layers whose input EAGLE-3 fuses, low, middle and high: hidden_states[2], [N // 2], [N - 3]."""
+    """Layers whose input EAGLE-3 fuses: hidden_states[2], [N // 2] and [N - 3]."""
     return min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)
 
 
@@ -208,7 +264,9 @@ def _recorded_inputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def pad(
+    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Right-padded token ids (B, longest) and lengths (B,)."""
     rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -216,40 +274,58 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
 
 
 def _stop_ids(model: nn.Module) -> list[int]:
-    eos = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else model.config.eos_token_id
+    eos = model.generation_config.eos_token_id
+    eos = model.config.eos_token_id if eos is None else eos
     if eos is None:
         return []
     return list(eos) if isinstance(eos, (list, tuple)) else [eos]
 
 
 def choose_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
-    """`auto` takes bfloat16 on a GPU and on CPUs that multiply it natively (AMX or AVX-512 BF16), else float32."""
+    """`auto` is bfloat16 on a GPU and on CPUs with AMX or AVX-512 BF16 for it, else float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        is_native = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if is_native else torch.float32
+        is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if device != "cpu" or is_native else torch.float32
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in known:
         raise ValueError(f"unknown dtype {dtype!r}; choose auto, {', '.join(known)}")
     return known[dtype]
 
 
-def load(name: str = EMBEDDED, dtype: str | torch.dtype = "auto", device: str | None = None) -> Target:
-    """Load `smollm2` (the embedded target), a Hub id or a local folder of a transformers causal LM."""
+def load(
+    name: str = EMBEDDED, dtype: str | torch.dtype = "auto", device: str | None = None
+) -> Target:
+    """Load `smollm2` (the embedded target), a Hub id or a local folder of a causal LM.
+
+    Raises ValueError for a name, a model or a `dtype` that cannot serve, and for unreadable weights.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_dtype(dtype, device)
     folder = str(assets.embedded_target()) if name == EMBEDDED else name
+    _require_causal_config(folder, name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot read the weights of target {name!r}: {str(error).splitlines()[0]};"
+            " download or save the model again"
+        ) from None
+    return Target(model.to(device), _load_tokenizer(folder), name)
+
+
+def _require_causal_config(folder: str, name: str) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no target {name!r}: it is neither 'smollm2', nor a folder with a config.json, nor a Hub id reachable from here"
-            f" ({str(error).splitlines()[0]})"
+            f"no target {name!r}: it is neither {EMBEDDED!r}, nor a folder with a config.json,"
+            f" nor a Hub id reachable from here ({str(error).splitlines()[0]})"
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"target {name!r} is a {config.model_type} model, not a causal language model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype(dtype, device)).to(device)
-    return Target(model, _load_tokenizer(folder), name)
+        reason = f"is a {config.model_type} model, not a causal language model"
+        raise ValueError(_unsupported(f"target {name!r}", reason))
 
 
 def _load_tokenizer(folder: str) -> object | None:

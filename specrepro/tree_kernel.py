@@ -33,7 +33,7 @@ MERGE_ROWS = 16
 LARGEST_BELOW_ONE = tl.constexpr(1 - 2**-24)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
-NOT_A_PARENT = tl.constexpr(-3)
+NOBODY = tl.constexpr(-3)  # a node without children
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def _splits_of(length, min_split, max_splits):
 
 @triton.jit
 def _slot_offsets(
-    table_ptr, sequence, slots, is_used, page_size, num_pages, stride_page, stride_slot, PAGED: tl.constexpr
-):
+    table_ptr, sequence, slots, is_used, page_size, num_pages, stride_page, stride_slot, PAGED: tl.constexpr,
+):  # fmt: skip
     """Where the slots of a sequence lie. A contiguous cache is one whose page is a whole sequence."""
     page = sequence
     if PAGED:
@@ -61,7 +61,7 @@ def _scores(q, keys, scale, cap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.conste
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
         # tanh by way of a power that cannot overflow
-        decay = tl.exp2(-2 * LOG2_E * tl.abs(scores))
+        decay = tl.exp2(tl.abs(scores) * (-2 * LOG2_E))
         magnitude = (1 - decay) / (1 + decay)
         scores = cap * tl.where(scores < 0, -magnitude, magnitude)
     return scores
@@ -325,10 +325,10 @@ def coupled_walk_kernel(
     chosen = 0
     while node < N:
         tl.store(path_ptr + row + depth, node)
-        total = _residual_mass(p_ptr, p_ptr, row, node, 0.0, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V)
+        total = _residual_mass(p_ptr, p_ptr, row, node, 0.0, NOBODY, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V)
         uniform = tl.minimum(tl.load(uniforms_ptr + row + node), LARGEST_BELOW_ONE).to(tl.float64)
         chosen = _draw(
-            p_ptr, p_ptr, row, node, 0.0, NOT_A_PARENT, uniform * total, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V
+            p_ptr, p_ptr, row, node, 0.0, NOBODY, uniform * total, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V
         )
         tl.store(emitted_ptr + row + depth, chosen)
         depth += 1
@@ -351,10 +351,10 @@ def residual_walk_kernel(
     node = 0
     spent = tl.full((), 0.0, tl.float64)
     # mass left of the target, and of the drafts' distribution
-    mass = _residual_mass(p_ptr, q_ptr, row, 0, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+    mass = _residual_mass(p_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
     unseen = tl.full((), 1.0, tl.float64)
     if SAMPLED:
-        unseen = _residual_mass(q_ptr, q_ptr, row, 0, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+        unseen = _residual_mass(q_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
     child = _next_child(node_ids, parents, 0, 0, N)
     while child < N:
         token = tl.load(tokens_ptr + row + child)
@@ -371,15 +371,15 @@ def residual_walk_kernel(
             tl.store(path_ptr + row + depth, child)
             node = child
             spent = spent * 0.0
-            mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+            mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
             if SAMPLED:
-                unseen = _residual_mass(q_ptr, q_ptr, row, node, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+                unseen = _residual_mass(q_ptr, q_ptr, row, node, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
         else:
             if SAMPLED:
                 spent += mass / unseen
                 if not REPLACED:
                     unseen -= proposed
-                mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOT_A_PARENT, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+                mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
             else:
                 mass -= wanted
         child = _next_child(node_ids, parents, node, child, N)
@@ -389,7 +389,7 @@ def residual_walk_kernel(
     # only rounding can reject every draft and leave nothing: then the draft was the target
     if mass <= 0:
         spent = spent * 0.0
-        tried_of = NOT_A_PARENT
+        tried_of = NOBODY
         mass = _residual_mass(p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
     uniform = tl.minimum(tl.load(finals_ptr + tl.program_id(0)), LARGEST_BELOW_ONE).to(tl.float64)
     chosen = _draw(
@@ -428,7 +428,7 @@ def keep_accepted_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How one attention program is cut; `rows` query rows at a time against `slots` cached keys."""
+    """How an attention program is cut: `rows` query rows against `slots` cached keys at a time."""
 
     rows: int
     slots: int
@@ -436,14 +436,205 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(num_rows: int, head_size: int, itemsize: int, deterministic: bool = True) -> Tiles:
-    """Tiles wide enough to hold all rows, as far as registers and shared memory allow.
+def choose_tiles(
+    num_rows: int, head_size: int, itemsize: int, architecture: int | str = 90, deterministic: bool = True
+) -> Tiles:
+    """The widest tile that compiles without spilled registers, no wider than the rows need.
 
-    In deterministic mode a tile never has fewer than 64 rows: from there on each row is one lane's of the same matrix
-    instruction and is reduced in the same order.
+    `architecture` is a CUDA capability as in sm_90, or an AMD name as in gfx942. A deterministic tile has at least 64
+    rows: from there on a wider one has more warps doing the same to their own rows. Float32, and head size 256, have one
+    tile for every number of rows.
     """
-    widest = 64 if itemsize == 4 else 128 if head_size > 128 else 256
-    narrowest = 64 if deterministic else 16
+    if itemsize == 4:
+        return Tiles(16, 32, warps=8, stages=2)
+    if head_size > 128:
+        return Tiles(64, 32, warps=8, stages=2)
+    if isinstance(architecture, str):
+        return Tiles(64, 32, warps=4, stages=1)
+    is_hopper = 90 <= architecture < 100
+    narrowest, widest = 64 if deterministic else 16, 256 if is_hopper else 128
     rows = min(max(triton.next_power_of_2(num_rows), narrowest), widest)
-    slots = 32
-    return Tiles(rows, slots, warps=min(max(rows // 16, 1), 16), stages=2)
+    return Tiles(rows, 64 if is_hopper else 32, warps=max(rows // 16, 4), stages=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A launch of the attention kernel: a function of shapes and the device, never of lengths."""
+
+    tiles: Tiles
+    row_blocks: int
+    num_splits: int  # of the grid; a row whose prefix needs fewer leaves the others idle
+    min_split: int  # slots
+    max_splits: int
+
+    def splits_of(self, length: int) -> tuple[int, int]:
+        """Slots of a split and number of splits of a prefix, as in `_splits_of`."""
+        split_size = self.min_split * max(-(-length // (self.min_split * self.max_splits)), 1)
+        return split_size, max(-(-length // split_size), 1)
+
+
+def plan(
+    sequences: int, nodes: int, query_heads: int, kv_heads: int, head_size: int, capacity: int, itemsize: int,
+    architecture: int | str = 90, deterministic: bool = True, num_cores: int = 132,
+) -> Geometry:  # fmt: skip
+    """Tiles and splits of a launch; outside deterministic mode the splits fill the `num_cores` multiprocessors."""
+    num_rows = nodes * (query_heads // kv_heads)
+    tiles = choose_tiles(num_rows, head_size, itemsize, architecture, deterministic)
+    row_blocks = -(-num_rows // tiles.rows)
+    min_split, max_splits = FIXED_SPLIT, MAX_FIXED_SPLITS
+    if not deterministic:
+        min_split = 2 * tiles.slots
+        max_splits = max(2 * num_cores // (sequences * kv_heads * row_blocks), 1)
+    num_splits = min(max_splits, max(-(-capacity // min_split), 1))
+    return Geometry(tiles, row_blocks, num_splits, min_split, max_splits)
+
+
+def attend(
+    q: Tensor,  # (B, N, Hq, D)
+    k: Tensor,  # (B, N, Hkv, D)
+    v: Tensor,  # (B, N, Hkv, D)
+    k_cache: Tensor,  # (B, S, Hkv, D), or pages (num_pages, page_size, Hkv, D)
+    v_cache: Tensor,
+    cache_lengths: Tensor,  # (B,)
+    num_nodes: Tensor,  # (B,)
+    words: Tensor,  # (B, N, ceil(N / 32)) uint32 ancestor bits
+    depths: Tensor,  # (B, N) int32
+    block_table: Tensor | None,  # (B, pages of a sequence) int32
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch attention and merge: (B, N, Hq, D), and the log-sum-exp (B, N, Hq) in float32."""
+    B, N, Hq, D = q.shape
+    Hkv = k.shape[2]
+    page_size = k_cache.shape[1]
+    num_pages = 1 if block_table is None else block_table.shape[1]
+    capacity = page_size * num_pages
+    architecture, num_cores = device_of(q)
+    geometry = plan(B, N, Hq, Hkv, D, capacity, q.element_size(), architecture, deterministic, num_cores)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1, "the last dimension of the cache must be dense"
+    out = q.new_empty(B, N, Hq, D)
+    lse = q.new_empty(B, N, Hq, dtype=torch.float32)
+    partial = q.new_empty(B * Hkv, geometry.num_splits, N * (Hq // Hkv), D, dtype=torch.float32)
+    best, total = (q.new_empty(partial.shape[:-1], dtype=torch.float32) for _ in range(2))
+    shape = {"HKV": Hkv, "G": Hq // Hkv, "D": D, "BLOCK_D": triton.next_power_of_2(D)}
+    split = {"min_split": geometry.min_split, "max_splits": geometry.max_splits}
+    tree_attention_kernel[B * Hkv, geometry.row_blocks, geometry.num_splits](
+        q, k, v, k_cache, v_cache, cache_lengths if block_table is None else block_table, cache_lengths, num_nodes,
+        words, depths, out, lse, partial, best, total,
+        N=N, capacity=capacity, page_size=page_size, num_pages=num_pages, **split,
+        scale=scale * LOG2_E.value if softcap is None else scale / softcap,
+        cap=1.0 if softcap is None else softcap * LOG2_E.value,
+        window=window or 0,
+        **_strides("q", q, "sequence node head"), **_strides("k", k, "sequence node head"),
+        **_strides("v", v, "sequence node head"),
+        **_strides("k", k_cache, "page slot cache_head"), **_strides("v", v_cache, "page slot cache_head"),
+        **shape, BLOCK_M=geometry.tiles.rows, BLOCK_S=geometry.tiles.slots, BLOCK_T=WORD_BITS,
+        PAGED=block_table is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        PRECISION=dot_precision(q.dtype, architecture),
+        num_warps=geometry.tiles.warps, num_stages=geometry.tiles.stages,
+    )  # fmt: skip
+    if geometry.num_splits > 1:
+        merge_splits_kernel[B * Hkv, triton.cdiv(N * (Hq // Hkv), MERGE_ROWS)](
+            partial, best, total, cache_lengths, out, lse,
+            N=N, capacity=capacity, num_grid_splits=geometry.num_splits, **split, **shape, BLOCK_R=MERGE_ROWS,
+        )  # fmt: skip
+    return out, lse
+
+
+def _strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    return {f"{name}_{axis}": tensor.stride(place) for place, axis in enumerate(axes.split())}
+
+
+def device_of(tensor: Tensor) -> tuple[int | str, int]:
+    """Architecture and number of multiprocessors; the interpreter plays a Hopper card."""
+    if tensor.device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype, architecture: int | str) -> str:
+    """Float32 products keep float32's precision; half-precision ones ignore the setting."""
+    return "tf32x3" if dtype == torch.float32 and isinstance(architecture, int) else "ieee"
+
+
+@dataclass(slots=True)
+class Walk:
+    """What a walk writes; `path` and `emitted` are (B, N), padded with -1."""
+
+    path: Tensor
+    emitted: Tensor
+    accepted: Tensor  # (B,)
+    bonus: Tensor  # (B,)
+
+    @classmethod
+    def empty(cls, tokens: Tensor) -> Walk:
+        path, emitted = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
+        return cls(path, emitted, *(tokens.new_empty(len(tokens)) for _ in range(2)))
+
+
+def walk_greedily(tokens: Tensor, parents: Tensor, choice: Tensor) -> Walk:
+    """Follow `choice` (B, N) down trees (B, N)."""
+    B, N = tokens.shape
+    walk = Walk.empty(tokens)
+    greedy_walk_kernel[B,](
+        tokens, parents, choice, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, BLOCK_N=triton.next_power_of_2(N)
+    )
+    return walk
+
+
+def walk_coupled(tokens: Tensor, parents: Tensor, target_probs: Tensor, uniforms: Tensor) -> Walk:
+    """Draw from `target_probs` (B, N, V) at `uniforms` (B, N) on the way down trees (B, N)."""
+    B, N, V = target_probs.shape
+    walk = Walk.empty(tokens)
+    coupled_walk_kernel[B,](
+        tokens, parents, target_probs, uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V,
+        BLOCK_N=triton.next_power_of_2(N), BLOCK_V=_vocabulary_block(V),
+    )  # fmt: skip
+    return walk
+
+
+def walk_by_rejection(
+    tokens: Tensor, parents: Tensor, target_probs: Tensor, draft_probs: Tensor | None, uniforms: Tensor,
+    final_uniforms: Tensor, is_replaced: bool,
+) -> Walk:  # fmt: skip
+    """Try the children of trees (B, N) in turn; without `draft_probs` (B, N, V) they are certain drafts."""
+    B, N, V = target_probs.shape
+    walk = Walk.empty(tokens)
+    residual_walk_kernel[B,](
+        tokens, parents, target_probs, target_probs if draft_probs is None else draft_probs, uniforms, final_uniforms,
+        walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V, SAMPLED=draft_probs is not None, REPLACED=is_replaced,
+        BLOCK_N=triton.next_power_of_2(N), BLOCK_V=_vocabulary_block(V),
+    )  # fmt: skip
+    return walk
+
+
+def _vocabulary_block(num_tokens: int) -> int:
+    return min(triton.next_power_of_2(num_tokens), 2048)
+
+
+def keep(
+    cache: Tensor,  # (layers, B, S, Hkv, D) or (layers, num_pages, page_size, Hkv, D), any strides but the last
+    path: Tensor,  # (B, P)
+    accepted: Tensor,  # (B,)
+    cache_lengths: Tensor,  # (B,)
+    block_table: Tensor | None,
+) -> None:
+    """Move the slots of each accepted path behind its prefix, in place."""
+    layers, _, page_size, Hkv, D = cache.shape
+    B, P = path.shape
+    num_pages = 1 if block_table is None else block_table.shape[1]
+    assert cache.stride(-1) == 1, "the last dimension of the cache must be dense"
+    block = min(triton.next_power_of_2(Hkv * D), 1024)
+    keep_accepted_kernel[layers, B, triton.cdiv(Hkv * D, block)](
+        cache, path if block_table is None else block_table, path, accepted, cache_lengths, P=P, page_size=page_size,
+        num_pages=num_pages, capacity=page_size * num_pages,
+        **_strides("stride", cache, "layer page slot head"),
+        HKV=Hkv, D=D, BLOCK=block, PAGED=block_table is not None,
+    )  # fmt: skip

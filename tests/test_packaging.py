@@ -125,10 +125,10 @@ def test_call_without_a_paper_exits_2_with_the_usage(
 @pytest.mark.parametrize(
     ("arguments", "handed_over"),
     [
-        (["list"], "-m specrepro.experiment list"),
+        (["list"], "-m specrepro list"),
         (
             ["cast", "--tier", "smoke", "-p", "seed", "1"],
-            "-m specrepro.experiment cast --tier smoke -p seed 1",
+            "-m specrepro cast --tier smoke -p seed 1",
         ),
         (["test", "-k", "imports"], "-m pytest -k imports"),
         (["lab"], "-m jupyterlab --ip=127.0.0.1"),
@@ -188,7 +188,7 @@ def test_killed_installation_is_started_from_nothing(machine: FreshMachine) -> N
 
 def test_active_environment_with_specrepro_is_used_as_it_is(machine: FreshMachine) -> None:
     answer = machine.run("list", VIRTUAL_ENV="elsewhere")
-    assert answer.stdout == "interpret=unset -m specrepro.experiment list\n"
+    assert answer.stdout == "interpret=unset -m specrepro list\n"
     assert not (machine.folder / ".venv").exists()
 
 
