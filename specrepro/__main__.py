@@ -75,7 +75,7 @@ def reproduce(paper: str, options: argparse.Namespace) -> int:
             return 0
         experiment.require_writable(folder)
         if options.fresh:
-            experiment.set_aside(experiment.records_path(folder, options.tier))
+            experiment.set_aside(experiment.records_folder(folder, options.tier))
         return execute(notebook, folder, parameters)
     except WrongCall as error:
         return _say(str(error), 2)

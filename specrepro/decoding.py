@@ -1,8 +1,9 @@
-"""Rounds of draft, verify, keep until every sequence has ended: the one loop that every drafter and the baseline share.
+"""Draft, verify, keep until every sequence has ended: the loop of every drafter and the baseline.
 
-The loop knows nothing of how a tree is drafted. A `Drafter` proposes a tree per sequence, the target scores all of them
-in one pass, the walk decides, the cache keeps what was accepted. Autoregressive decoding is the drafter that proposes
-the root alone. Sequences of a batch accept different lengths and end at different times.
+The loop knows nothing of how a tree is drafted. A `Drafter` proposes a tree per sequence, the
+target scores all of them in one pass, the walk decides, the cache keeps what was accepted.
+Autoregressive decoding is the drafter that proposes the root alone. Sequences of a batch accept
+different lengths and end at different times.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class Drafter(Protocol):
     max_nodes: int  # most nodes of a tree, the root included
 
     def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
-        """Start new sequences: prompts (B, n) padded, lengths (B,), first emitted tokens (B,), the prefill's scores."""
+        """Start new sequences.
+
+        Prompts (B, n) padded on the right, their lengths (B,), first emitted tokens (B,), and the
+        scores of the prefill.
+        """
 
     def propose(self) -> DraftTree:
         """One tree per sequence, rooted at its last emitted token."""
@@ -81,7 +86,7 @@ class Sampling:
         return self.temperature == 0
 
     def probs(self, logits: Tensor) -> Tensor:
-        """The distribution sampled from, (..., V) in float32: temperature, then top-k, then top-p."""
+        """What is sampled from, (..., V) in float32: temperature first, then top-k, then top-p."""
         logits = logits.float() / self.temperature
         if self.top_k:
             kth = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[..., -1:]
@@ -107,12 +112,10 @@ class Generation:
     drafted: list[int]  # nodes proposed, the root not counted, per round
     seconds: float  # wall time, prefill included
     prefill_seconds: float
-    seconds_by_part: dict[str, float] = field(
-        default_factory=dict
-    )  # draft, target, verify, keep, observe
-    gaps: list[float] = field(
-        default_factory=list
-    )  # top-two logit gap at each emitted token, when asked for
+    # prefill, draft, target, verify, keep, observe
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+    # lead of the best logit at each emitted token, when asked for
+    gaps: list[float] = field(default_factory=list)
 
     @property
     def num_passes(self) -> int:
@@ -121,7 +124,7 @@ class Generation:
 
     @property
     def tau(self) -> float:
-        """Tokens emitted per target pass after prefill, the bonus token included; the prefill's own token is left out."""
+        """Tokens emitted per target pass, bonus tokens included; the prefill and its token are not."""
         return (len(self.tokens) - 1) / max(self.num_passes, 1)
 
 
@@ -147,29 +150,46 @@ class Clock:
 
 @dataclass(slots=True)
 class _Batch:
-    """The growing output of every sequence; rows of `tokens` and `num_new` are the original ones."""
+    """The growing output of every sequence; rows are the original ones, whoever has ended."""
 
-    tokens: Tensor  # (B, max_new_tokens)
+    tokens: Tensor  # (B, longest limit)
+    limits: Tensor  # (B,) most new tokens of each sequence
     num_new: Tensor  # (B,)
     is_done: Tensor  # (B,) bool
     accepted: list[list[int]]
     drafted: list[list[int]]
     gaps: list[list[float]]
 
+    @classmethod
+    def empty(cls, limits: Tensor) -> _Batch:
+        """Nothing emitted yet."""
+        tokens = limits.new_zeros(len(limits), int(limits.max()))
+        is_done = torch.zeros_like(limits, dtype=torch.bool)
+        lists = ([[] for _ in tokens] for _ in range(3))
+        return cls(tokens, limits, torch.zeros_like(limits), is_done, *lists)
+
     def append(self, rows: Tensor, emitted: Tensor, counts: Tensor, stop_ids: Tensor) -> None:
-        """Add `counts` (b,) of the tokens `emitted` (b, P) to `rows` (b,), cut at a stop token and at the length limit."""
+        """Add `counts` (b,) of the tokens `emitted` (b, P) to `rows` (b,).
+
+        They are cut behind a stop token and at the length limit.
+        """
         places = torch.arange(emitted.shape[1], device=emitted.device)
         is_stop = torch.isin(emitted, stop_ids) & (places < counts[:, None])
         before_stop = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, counts)
-        room = self.tokens.shape[1] - self.num_new[rows]
-        counts = torch.minimum(before_stop, room)
+        counts = torch.minimum(before_stop, self.limits[rows] - self.num_new[rows])
         slots = self.num_new[rows][:, None] + places
         is_kept = places < counts[:, None]
         self.tokens[rows[:, None].expand_as(slots)[is_kept], slots[is_kept]] = emitted[is_kept]
         self.num_new[rows] += counts
-        self.is_done[rows] = (is_stop & is_kept).any(1) | (
-            self.num_new[rows] == self.tokens.shape[1]
-        )
+        is_full = self.num_new[rows] == self.limits[rows]
+        self.is_done[rows] = (is_stop & is_kept).any(1) | is_full
+
+    def count(self, rows: Tensor, accepted: Tensor, drafted: Tensor) -> None:
+        """Note how many drafted tokens of `rows` (b,) this round proposed and accepted."""
+        counts = zip(rows.tolist(), accepted.tolist(), drafted.tolist(), strict=True)
+        for row, num_accepted, num_drafted in counts:
+            self.accepted[row].append(num_accepted)
+            self.drafted[row].append(num_drafted)
 
 
 def decode(
@@ -185,52 +205,59 @@ def decode(
     record_gaps: bool = False,
     on_round: Callable[[int], None] | None = None,
 ) -> Generation | list[Generation]:
-    """Decode one prompt (a list of ids) or a batch of them; one Generation for one prompt, a list for a batch.
+    """Decode one prompt (a list of ids) to a Generation, or a batch of them to a list.
 
-    Draws are keyed by sequence seed and position, so a sampled run repeats the autoregressive run of the same seed.
-    `seed` is one for every sequence (then sequence i uses seed + i) or one each. Raises ValueError for an empty prompt
-    or one that leaves no room in the target's context; `max_new_tokens` is cut to the room there is.
+    Draws are keyed by sequence seed and position, so a sampled run repeats the autoregressive run
+    of the same seed. `seed` is one for every sequence (then sequence i uses seed + i) or one each.
+    Raises ValueError for an empty prompt or one that leaves no room in the target's context; each
+    sequence is cut to the room that its own prompt leaves.
     """
     is_single = bool(prompt_ids) and isinstance(prompt_ids[0], int)
     prompts = [list(prompt_ids)] if is_single else [list(prompt) for prompt in prompt_ids]
     sampling = Sampling(temperature, top_p, top_k)
-    max_new_tokens = _room(target, prompts, max_new_tokens)
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    uniforms = (
-        None
-        if sampling.is_greedy
-        else position_uniforms(seeds, max_new_tokens + drafter.max_nodes, target.device)
-    )
+    limits = _limits(target, prompts, max_new_tokens)
+    seeds, uniforms = _seeds(seed, len(prompts)), None
+    if not sampling.is_greedy:
+        uniforms = position_uniforms(seeds, max(limits) + drafter.max_nodes, target.device)
     stop_ids = target.stop_ids[:0] if ignore_stop else target.stop_ids
     loop = _Loop(target, drafter, sampling, uniforms, stop_ids, record_gaps)
-    generations = loop.run(prompts, max_new_tokens, on_round)
+    generations = loop.run(prompts, limits, on_round)
     return generations[0] if is_single else generations
 
 
 def decode_autoregressively(
     target: Target, prompt_ids: Sequence[int] | Sequence[Sequence[int]], **options: object
 ) -> Generation | list[Generation]:
-    """The baseline: one token a pass through the very same loop, cache and attention. Options as in `decode`."""
+    """The baseline: one token a pass through the very same loop, with the options of `decode`."""
     return decode(target, Autoregressive(), prompt_ids, **options)
 
 
 def position_uniforms(
     seeds: Sequence[int], length: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(B, length) draws in [0, 1), row b from its own seed: the same whatever the batch and whatever is drafted."""
+    """(B, length) draws in [0, 1), row b from its own seed whatever the batch and the drafts."""
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
 
 
 def fill_gaps(is_kept: Tensor) -> Tensor:
-    """Order of the kept rows that moves the fewest: the last ones take the places of those that go."""
+    """Order of the kept rows that moves the fewest: the last take the places of those that go."""
     num_kept = int(is_kept.sum())
     order = torch.arange(num_kept, device=is_kept.device)
     order[~is_kept[:num_kept]] = is_kept[num_kept:].nonzero()[:, 0] + num_kept
     return order
 
 
-def _room(target: Target, prompts: list[list[int]], max_new_tokens: int) -> int:
+def _seeds(seed: int | Sequence[int], num_sequences: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + i for i in range(num_sequences)]
+    if len(seed) != num_sequences:
+        raise ValueError(f"{len(seed)} seeds for {num_sequences} prompts; give one each or one int")
+    return list(seed)
+
+
+def _limits(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    """The most new tokens of each sequence."""
     if not prompts or not all(prompts):
         raise ValueError("nothing to continue: a prompt is empty")
     if max_new_tokens < 1:
@@ -238,9 +265,10 @@ def _room(target: Target, prompts: list[list[int]], max_new_tokens: int) -> int:
     longest = max(map(len, prompts))
     if longest >= target.max_context:
         raise ValueError(
-            f"a prompt has {longest} tokens but the context of {target.name} ends at {target.max_context}; shorten the prompt"
+            f"a prompt has {longest} tokens but the context of {target.name} ends at"
+            f" {target.max_context}; shorten the prompt"
         )
-    return min(max_new_tokens, target.max_context - longest)
+    return [min(max_new_tokens, target.max_context - len(prompt)) for prompt in prompts]
 
 
 class _Loop:
@@ -261,9 +289,9 @@ class _Loop:
 
     @torch.inference_mode()
     def run(
-        self, prompts: list[list[int]], max_new_tokens: int, on_round: Callable[[int], None] | None
+        self, prompts: list[list[int]], limits: list[int], on_round: Callable[[int], None] | None
     ) -> list[Generation]:
-        batch, rows, cache = self._begin(prompts, max_new_tokens)
+        batch, rows, cache = self._begin(prompts, torch.tensor(limits, device=self.target.device))
         prefill_seconds = self.clock.elapsed()
         while not batch.is_done.all():
             if batch.is_done[rows].any():
@@ -274,19 +302,12 @@ class _Loop:
                 on_round(int(batch.num_new.sum()) - num_before)
         return self._generations(batch, prefill_seconds)
 
-    def _begin(
-        self, prompts: list[list[int]], max_new_tokens: int
-    ) -> tuple[_Batch, Tensor, KVCache]:
+    def _begin(self, prompts: list[list[int]], limits: Tensor) -> tuple[_Batch, Tensor, KVCache]:
         tokens, lengths = pad(prompts, self.target.device)
-        capacity = tokens.shape[1] + max_new_tokens + self.drafter.max_nodes
+        capacity = int((lengths + limits).max()) + self.drafter.max_nodes
         with self.clock.part("prefill"):
             cache, scores = self.target.prefill(prompts, capacity)
-        rows = torch.arange(len(prompts), device=self.target.device)
-        new_tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=rows.device)
-        is_done = torch.zeros(len(prompts), dtype=torch.bool, device=rows.device)
-        batch = _Batch(
-            new_tokens, torch.zeros_like(rows), is_done, *([[] for _ in prompts] for _ in range(3))
-        )
+        batch, rows = _Batch.empty(limits), torch.arange(len(prompts), device=limits.device)
         roots = self._first_tokens(scores)
         batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, torch.zeros_like(rows)[:, None])
@@ -316,21 +337,15 @@ class _Loop:
             self.drafter.observe(verdict, scores)
         batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, verdict.path)
-        counts = zip(
-            rows.tolist(), verdict.num_accepted.tolist(), tree.num_nodes.tolist(), strict=True
-        )
-        for row, num_accepted, num_nodes in counts:
-            batch.accepted[row].append(num_accepted)
-            batch.drafted[row].append(num_nodes - 1)
+        batch.count(rows, verdict.num_accepted, tree.num_nodes - 1)
 
     def _judge(self, tree: DraftTree, scores: Scores, rows: Tensor, num_new: Tensor) -> Verdict:
         if self.sampling.is_greedy:
             return verify_greedy(tree, scores.logits.argmax(-1))
         here = torch.arange(len(rows), device=rows.device)
         uniforms = self.uniforms[rows].gather(1, num_new[:, None] + tree.depths())
-        return verify_sample(
-            tree, lambda nodes: self.sampling.probs(scores.logits[here, nodes]), uniforms
-        )
+        probs_at = lambda nodes: self.sampling.probs(scores.logits[here, nodes])  # noqa: E731
+        return verify_sample(tree, probs_at, uniforms)
 
     def _note_gaps(self, batch: _Batch, rows: Tensor, logits: Tensor, path: Tensor) -> None:
         """Record how far the chosen token's logit led, for the audit of half-precision ties."""

@@ -140,6 +140,19 @@ def test_time_attention(
 # --- the head
 
 
+class RMSNorm(nn.Module):
+    """Root mean square norm in float32, as the target's; torch's own is four times slower in bfloat16 on a CPU."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
 class DraftAttention(nn.Module):
     """Projections of the one attention layer; its input is twice as wide as its output."""
 
@@ -171,10 +184,10 @@ class DraftLayer(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(H, eps)  # on the embedding
-        self.hidden_norm = nn.RMSNorm(H, eps)  # on the feature
+        self.input_layernorm = RMSNorm(H, eps)  # on the embedding
+        self.hidden_norm = RMSNorm(H, eps)  # on the feature
         self.self_attn = DraftAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(H, eps)
+        self.post_attention_layernorm = RMSNorm(H, eps)
         self.mlp = GatedMLP(config)
 
     def mixed_input(self, embeddings: Tensor, features: Tensor) -> Tensor:
@@ -199,7 +212,7 @@ class DraftHead(nn.Module):
         H = config.hidden_size
         self.fc = nn.Linear(3 * (config.target_hidden_size or H), H, bias=False)
         self.midlayer = DraftLayer(config)
-        self.norm = nn.RMSNorm(H, config.rms_norm_eps)
+        self.norm = RMSNorm(H, config.rms_norm_eps)
         self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size != config.vocab_size:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))

@@ -77,7 +77,7 @@ class Run:
         self.num_prompts = num_prompts or self.tier.num_prompts
         self.max_new_tokens = max_new_tokens or self.tier.max_new_tokens
         self.folder = Path(figures_dir) / paper
-        self.records_path = records_path(self.folder, tier)
+        self.records = records_folder(self.folder, tier)
         self._began = time.perf_counter()
         self._tables: list[pd.DataFrame] = []
         require_writable(self.folder)
@@ -97,16 +97,15 @@ class Run:
             "repeats": self.tier.repeats,
             "seed": self.seed,
         } | json.loads(json.dumps(what))
-        path = self.records_path.with_suffix(".json")
+        path = self.records / "identity.json"
         before = json.loads(path.read_text()) if path.is_file() else self.identity
         if before != self.identity:
             if resume:
                 changes = _differences(before, self.identity)
                 raise ValueError(
-                    f"cannot resume {self.records_path}: {changes};"
-                    " restore the setting or drop --resume"
+                    f"cannot resume {self.records}: {changes}; restore the setting or drop --resume"
                 )
-            set_aside(self.records_path)
+            set_aside(self.records)
         checkpoints.write_text(path, json.dumps(self.identity, indent=2) + "\n")
 
     @cached_property
@@ -134,7 +133,7 @@ class Run:
         settings = [(name, temperature) for name in sets for temperature in temperatures]
         records = [
             measure.compare(
-                self.target, methods, self.questions(name), prompts=name, path=self.records_path,
+                self.target, methods, self.questions(name), prompts=name, path=self.records / "decoded.jsonl",
                 temperature=temperature, max_new_tokens=self.max_new_tokens, batch=batch,
                 repeats=self.tier.repeats, seed=self.seed,
             )
@@ -164,13 +163,21 @@ class Run:
             stamped = rows.stamp(table, self.environment, self.tier_name, paper=self.paper)
             self._tables.append(stamped)
 
-    def keep_or_recall(self, quantity: str, make: Callable[[], pd.DataFrame]) -> None:
-        """Add a long series: measured, except at `laptop` where the repository has it already."""
-        found = self._committed(quantity) if self.tier_name == "laptop" else pd.DataFrame()
+    def stage(self, name: str, make: Callable[[], pd.DataFrame]) -> None:
+        """Add rows that are measured once per configuration and kept beside the records."""
+        path = self.records / f"{name}.csv"
+        if not path.is_file():
+            made = rows.stamp(make(), self.environment, self.tier_name, paper=self.paper)
+            checkpoints.write_text(path, made.to_csv(index=False))
+        self.keep(pd.read_csv(path))
+
+    def stage_or_recall(self, name: str, make: Callable[[], pd.DataFrame]) -> None:
+        """A long stage: measured, except at `laptop` where the repository has its rows already."""
+        found = self._committed(name) if self.tier_name == "laptop" else pd.DataFrame()
         if len(found):
             self._tables.append(found)
         else:
-            self.keep(make())
+            self.stage(name, make)
 
     def _committed(self, quantity: str) -> pd.DataFrame:
         """The rows of one quantity that the `full` tier left in the repository, marked as such."""
@@ -200,21 +207,27 @@ class Run:
         In the run's own dtype only near ties may part. Float32 carries the claim of exactness; it
         is slow, so it decodes half as many tokens.
         """
+        self.stage("audit", lambda: self._audit(loaders, sets))
+        return self.of("losslessness", "near_tie")
+
+    def _audit(self, loaders: Loaders, sets: Sequence[str]) -> pd.DataFrame:
         exact = targets.load(self.target_name, dtype="float32")
+        num_prompts = max(1, self.tier.audited_prompts // len(sets))
+        tables = []
         for target, num_tokens in (
             (self.target, self.tier.audited_tokens),
             (exact, self.tier.audited_tokens // 2),
         ):
             drafters = {name: load(target) for name, load in loaders.items()}
-            for name in sets:
-                for batch in (1, 4):
-                    questions = self.questions(name, max(1, self.tier.audited_prompts // len(sets)))
-                    found = losslessness.losslessness(
-                        target, drafters, questions, prompts=name, max_new_tokens=num_tokens,
-                        batch=batch, seed=self.seed,
-                    )  # fmt: skip
-                    self.keep(found)
-        return self.of("losslessness", "near_tie")
+            tables += [
+                losslessness.losslessness(
+                    target, drafters, self.questions(name, num_prompts), prompts=name,
+                    max_new_tokens=num_tokens, batch=batch, seed=self.seed,
+                )
+                for name in sets
+                for batch in (1, 4)
+            ]  # fmt: skip
+        return pd.concat(tables, ignore_index=True)
 
     def save(self, figure: Figure, name: str) -> Figure:
         """Write figures/<paper>/<name>.png and hand the figure back for the notebook to show."""
@@ -243,16 +256,15 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str
     return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
 
 
-def records_path(folder: Path, tier: str) -> Path:
+def records_folder(folder: Path, tier: str) -> Path:
     """Where a paper's records of one tier are, below figures/<paper>."""
-    return folder / "records" / f"{tier}.jsonl"
+    return folder / "records" / tier
 
 
 def set_aside(records: Path) -> None:
     """Keep the records there are under another name, so that a run starts with none."""
     if records.exists():
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        records.rename(records.with_suffix(f".{stamp}.jsonl"))
+        records.rename(f"{records}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
 
 
 def replace_rows(path: Path, table: pd.DataFrame, tier: str) -> None:

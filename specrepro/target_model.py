@@ -4,8 +4,8 @@ The model stays the transformers object; only its attention function is ours, re
 `AttentionInterface`, so a pass over a tree is the model's own forward with explicit positions.
 Hidden-state taps are read on entry to the layers that EAGLE-3 names, in the same pass.
 
-Not covered: encoder-decoder models, multimodal inputs, attention sinks, and models whose layers keep
-a recurrent state instead of keys.
+Not covered: encoder-decoder models, multimodal inputs, attention sinks, and models whose layers
+keep a recurrent state instead of keys.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Target:
         num_layers, num_heads = self.config.num_hidden_layers, self.config.num_attention_heads
         head_dim = getattr(self.config, "head_dim", None) or self.hidden_size // num_heads
         num_kv_heads = getattr(self.config, "num_key_value_heads", None) or num_heads
-        # heads before slots in memory: a batched product over few rows is twice as fast on such keys
+        # heads before slots in memory: batched products over few rows take half the time on them
         shape = (num_layers, 2, batch, num_kv_heads, capacity, head_dim)
         slots = torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(3, 4)
         return KVCache(slots, torch.zeros(batch, dtype=torch.long, device=self.device))
@@ -299,7 +299,7 @@ def load(
 ) -> Target:
     """Load `smollm2` (the embedded target), a Hub id or a local folder of a causal LM.
 
-    Raises ValueError for a name, a model or a `dtype` that cannot serve, and for unreadable weights.
+    Raises ValueError for a name, a model or a dtype that cannot serve, and for unreadable weights.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(dtype, device)

@@ -549,6 +549,11 @@ def _strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
     return {f"{name}_{axis}": tensor.stride(place) for place, axis in enumerate(axes.split())}
 
 
+def is_interpreted() -> bool:
+    """Whether the kernels were defined under TRITON_INTERPRET=1, and so run on a CPU."""
+    return not isinstance(tree_attention_kernel, triton.JITFunction)
+
+
 def device_of(tensor: Tensor) -> tuple[int | str, int]:
     """Architecture and number of multiprocessors; the interpreter plays a Hopper card."""
     if tensor.device.type != "cuda":

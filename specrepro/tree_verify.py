@@ -4,35 +4,68 @@ Every drafter's round ends here. The target scores a tree in one pass (`tree_att
 the target would itself have produced (`verify_greedy`, `verify_sample`), and `keep_accepted` compacts the cache. Plain
 autoregressive decoding takes the same door with a tree of one node, so baseline and method share every line.
 
-Randomness is an argument: the same uniforms give the same verdict whichever backend walks the tree. Lossy acceptance
-rules (typical acceptance, thresholds) are not offered.
+Each operation has a reference in plain Python, a torch path for any device, and Triton kernels (`tree_kernel`). Backend
+"auto" takes the kernels on a GPU and torch elsewhere; "triton" on a CPU runs in Triton's interpreter, for tests and
+teaching, and needs TRITON_INTERPRET=1 before the first import.
+
+Randomness is an argument: the same uniforms give the same verdict whichever backend walks the tree, up to the rounding
+of a cumulative sum. Lossy acceptance rules (typical acceptance, thresholds) are not offered.
+
+Bad input is a ValueError before anything is launched. What would have to be read back from a GPU (the tree, the lengths)
+is checked once a pass, where the tree is packed, and not while a CUDA graph is captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specrepro import tree_kernel
 from specrepro.draft_tree import DraftTree
 
 NO_NODE = -1  # pads paths and emitted tokens
+BACKENDS = ("auto", "triton", "torch")
+SAMPLING_MODES = ("coupled", "deterministic", "without_replacement", "with_replacement")
+HEAD_SIZES = (64, 80, 96, 128, 256)  # of the kernels; torch takes any
+LARGEST_BELOW_ONE = 1 - 2**-24  # float32
 
 
 @dataclass(slots=True)
 class Verdict:
     """What the target accepted of each tree; a round emits `num_accepted + 1` tokens."""
 
-    path: Tensor  # (B, P) node ids from the root, padded with -1
+    path: Tensor  # (B, P) node ids from the root, padded with -1; P is N from a kernel, less from torch
     num_accepted: Tensor  # (B,) drafted tokens accepted, the root not counted
     tokens: Tensor  # (B, P) tokens emitted this round, the bonus token last, padded with -1
     bonus: Tensor  # (B,) the token the target adds; the root of the next tree
 
 
-def attention_mask(tree: DraftTree, cache_lengths: Tensor, num_slots: int, window: int | None = None) -> Tensor:
+@dataclass(slots=True)
+class PackedTree:
+    """A tree as the kernels read it; made once a pass and shared by its layers."""
+
+    words: Tensor  # (B, N, ceil(N / 32)) uint32 ancestor bits
+    depths: Tensor  # (B, N) int32
+    num_nodes: Tensor  # (B,)
+
+
+def pack(tree: DraftTree) -> PackedTree:
+    """Check a tree and pack its ancestors."""
+    if _may_read_back(tree.tokens):
+        tree.validate(allow_duplicates=True)
+    # the cast to int32 keeps the low 32 bits
+    words = tree.packed_ancestors().to(torch.int32).view(torch.uint32)
+    return PackedTree(words, tree.depths().to(torch.int32), tree.num_nodes)
+
+
+def attention_mask(
+    tree: DraftTree, cache_lengths: Tensor, num_slots: int, window: int | None = None
+) -> Tensor:
     """(B, N, num_slots) bool: what each node sees when its keys lie in slots `cache_lengths` + node id.
 
     The committed prefix without any condition, then its own ancestors and itself. A sliding `window` counts positions,
@@ -67,64 +100,134 @@ def _within_window(depths: Tensor, cache_lengths: Tensor, num_slots: int, window
 
 def tree_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, tree: DraftTree,
-    *, scale: float | None = None, window: int | None = None, softcap: float | None = None,
-) -> Tensor:
-    """What `tree_attention` means: a dense masked softmax in float64, one sequence at a time."""
-    out = torch.zeros_like(q)
+    *, block_table: Tensor | None = None, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """What `tree_attention` means: one query row at a time, a float64 softmax over the keys that it sees."""
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    group = q.shape[2] // k.shape[2]
     for b, length in enumerate(cache_lengths.tolist()):
-        one = tree.rows(torch.tensor([b]))
-        keys = torch.cat([k_cache[b, :length], k[b]]).double()
-        values = torch.cat([v_cache[b, :length], v[b]]).double()
-        mask = attention_mask(one, cache_lengths[b : b + 1], len(keys), window)[0]
-        group = q.shape[2] // keys.shape[1]
-        scores = torch.einsum("nhd,shd->hns", q[b].double(), keys.repeat_interleave(group, 1))
-        scores = scores * (scale or q.shape[-1] ** -0.5)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
-        out[b] = torch.einsum("hns,shd->nhd", weights, values.repeat_interleave(group, 1)).to(q.dtype)
-    return out
+        parents = tree.parents[b].tolist()
+        keys = torch.cat([_slots_of(k_cache, block_table, b)[:length], k[b]]).double()
+        values = torch.cat([_slots_of(v_cache, block_table, b)[:length], v[b]]).double()
+        for node in range(len(parents)):
+            seen = _seen_reference(parents, node, length, window)
+            if not seen:
+                continue
+            for head in range(q.shape[2]):
+                scores = keys[seen, head // group] @ q[b, node, head].double()
+                scores = scores * (scale or q.shape[-1] ** -0.5)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[b, node, head] = scores.softmax(0) @ values[seen, head // group]
+                lse[b, node, head] = scores.logsumexp(0)
+    return (out, lse) if return_lse else out
+
+
+def _slots_of(cache: Tensor, block_table: Tensor | None, sequence: int) -> Tensor:
+    return cache[sequence] if block_table is None else cache[block_table[sequence].long()].flatten(0, 1)
+
+
+def _seen_reference(parents: list[int], node: int, length: int, window: int | None) -> list[int]:
+    """The slots that a node sees, behind a prefix of `length`: none for padding."""
+    if parents[node] < -1:
+        return []
+    path = [node]
+    while parents[path[-1]] >= 0:
+        path.append(parents[path[-1]])
+    positions = {slot: slot for slot in range(length)}
+    positions |= {length + one: length + depth for depth, one in enumerate(reversed(path))}
+    own = positions[length + node]
+    return [slot for slot, position in positions.items() if window is None or own - position < window]
 
 
 def tree_attention(
     q: Tensor,  # (B, N, Hq, D)
     k: Tensor,  # (B, N, Hkv, D)  the tree's own keys
     v: Tensor,  # (B, N, Hkv, D)
-    k_cache: Tensor,  # (B, S, Hkv, D)  slots [length, length + N) of each row are overwritten with the tree's own
-    v_cache: Tensor,  # (B, S, Hkv, D)
+    k_cache: Tensor,  # (B, S, Hkv, D), or pages (num_pages, page_size, Hkv, D)
+    v_cache: Tensor,  # likewise; slots [length, length + N) of each row are overwritten with the tree's own
     cache_lengths: Tensor,  # (B,)
     tree: DraftTree,
     *,
+    block_table: Tensor | None = None,  # (B, n) int32 pages of each sequence, in order
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    mask: Tensor | None = None,  # (B, N, slots) bool from `attention_mask`, so that the layers of a pass can share it
-) -> Tensor:
+    deterministic: bool = True,
+    return_lse: bool = False,
+    mask: Tensor | None = None,  # (B, N, slots) bool from `attention_mask`, shared by layers (torch)
+    packed: PackedTree | None = None,  # from `pack`, shared by layers (triton)
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every tree node to the committed prefix, its ancestors and itself: (B, N, Hq, D).
 
-    The tree's keys and values are stored behind the prefix, where `keep_accepted` finds them afterwards.
+    With `return_lse` also the log-sum-exp (B, N, Hq). The tree's keys and values are stored behind the prefix, where
+    `keep_accepted` finds them afterwards. `deterministic` (triton) reduces every row in an order that depends on its
+    prefix length alone; torch gives no such promise. Slots past the prefix are never read and may hold NaN, except by
+    torch under a shared `mask`, whose rows then need a cache that was zeroed once.
     """
-    B, N, Hq, D = q.shape
-    store_tree(k, v, k_cache, v_cache, cache_lengths)
+    _refuse_shapes(q, k, v, k_cache, v_cache, cache_lengths, tree, block_table)
+    takes_kernel = _takes_kernel(backend, q)
+    if mask is None and _may_read_back(q) and packed is None:
+        tree.validate(allow_duplicates=True)
+        _refuse_lengths(cache_lengths, q.shape[1], _capacity(k_cache, block_table))
+    if takes_kernel:
+        _refuse_head_size(q.shape[-1])
+        packed = packed or pack(tree)
+        out, lse = tree_kernel.attend(
+            q, k, v, k_cache, v_cache, cache_lengths, packed.num_nodes, packed.words, packed.depths, block_table,
+            scale=scale or q.shape[-1] ** -0.5, window=window, softcap=softcap, deterministic=deterministic,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    store_tree(k, v, k_cache, v_cache, cache_lengths, block_table)
+    num_slots = int(cache_lengths.max()) + q.shape[1] if mask is None else mask.shape[-1]
+    keys, values = (_first_slots(cache, block_table, num_slots) for cache in (k_cache, v_cache))
     if mask is None:
-        mask = attention_mask(tree, cache_lengths, int(cache_lengths.max()) + N, window)
-    num_slots = mask.shape[-1]
-    assert num_slots <= k_cache.shape[1], f"{num_slots} slots are needed but the cache has {k_cache.shape[1]}"
-    return packed_attention(q, k_cache[:, :num_slots], v_cache[:, :num_slots], mask, scale, softcap)
+        mask = attention_mask(tree, cache_lengths, num_slots, window)
+        _blank_unused((keys, values), cache_lengths + tree.num_nodes)
+    out = packed_attention(q, keys, values, mask, scale, softcap)
+    return (out, _log_sum_exp(q, keys, mask, scale, softcap)) if return_lse else out
 
 
-def store_tree(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:
+def store_tree(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None = None
+) -> None:  # fmt: skip
     """Write the tree's keys and values (B, N, Hkv, D) into slots `cache_lengths` + node id of each row."""
-    B, N = k.shape[:2]
-    rows = torch.arange(B, device=k.device)[:, None]
-    slots = cache_lengths[:, None] + torch.arange(N, device=k.device)
-    k_cache[rows, slots] = k
-    v_cache[rows, slots] = v
+    slots = cache_lengths[:, None] + torch.arange(k.shape[1], device=k.device)
+    places = _places(slots, k_cache, block_table)
+    k_cache[places] = k
+    v_cache[places] = v
+
+
+def _places(slots: Tensor, cache: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Indices of `slots` (B, n) into a cache (..., B, S, Hkv, D) or its pages (..., num_pages, page_size, Hkv, D)."""
+    if block_table is None:
+        return torch.arange(len(slots), device=slots.device)[:, None], slots
+    page_size = cache.shape[-3]
+    return block_table.long().gather(1, slots // page_size), slots % page_size
+
+
+def _first_slots(cache: Tensor, block_table: Tensor | None, num_slots: int) -> Tensor:
+    """(B, num_slots, Hkv, D): a view of a contiguous cache, a copy of a paged one."""
+    if block_table is None:
+        return cache[:, :num_slots]
+    pages = block_table[:, : -(-num_slots // cache.shape[1])].long()
+    return cache[pages].flatten(1, 2)[:, :num_slots]
+
+
+def _blank_unused(caches: tuple[Tensor, Tensor], used: Tensor) -> None:
+    """Zero the slots from `used` (B,) on: a weight of 0 does not silence a NaN."""
+    slots = torch.arange(caches[0].shape[1], device=used.device)
+    rows, places = (slots >= used[:, None]).nonzero(as_tuple=True)
+    if len(rows):
+        for cache in caches:
+            cache[rows, places] = 0
 
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float | None = None
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Masked attention with the query heads of one key-value head packed as rows, so that each key is read once.
 
     q (B, N, Hq, D); k, v (B, S, Hkv, D); mask (B, N, S) bool, or None for causal self-attention of N = S rows.
@@ -133,9 +236,11 @@ def packed_attention(
     Hkv = k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if mask is None and softcap is None:
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=Hq != Hkv)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=Hq != Hkv
+        )
         return out.transpose(1, 2)
-    packed = q.view(B, N, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, -1, D)
+    packed = _pack_heads(q, Hkv)
     if mask is None:
         mask = torch.ones(N, N, dtype=torch.bool, device=q.device).tril().expand(B, N, N)
     rows = mask[:, None].repeat(1, 1, Hq // Hkv, 1)
@@ -143,15 +248,44 @@ def packed_attention(
     if softcap is None and (B < 4 or q.device.type != "cpu"):
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=rows, scale=scale)
     else:
-        scores = (packed @ k.transpose(-1, -2)).float() * (scale or D**-0.5)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
         # a row that sees nothing (padding) gets zeros, as from the fused kernel
-        out = scores.masked_fill_(~rows, -torch.inf).softmax(-1).nan_to_num_(0.0).to(v.dtype) @ v
+        weights = _masked_scores(packed, k, rows, scale, softcap).softmax(-1).nan_to_num_(0.0)
+        out = weights.to(v.dtype) @ v
     return out.view(B, Hkv, Hq // Hkv, N, D).permute(0, 3, 1, 2, 4).reshape(B, N, Hq, D)
 
 
-def verify_greedy_reference(tokens: list[int], parents: list[int], choice: list[int]) -> list[int]:
+def _pack_heads(q: Tensor, num_kv_heads: int) -> Tensor:
+    """(B, N, Hq, D) as (B, Hkv, G N, D)."""
+    B, N, Hq, D = q.shape
+    packed = q.reshape(B, N, num_kv_heads, Hq // num_kv_heads, D).permute(0, 2, 3, 1, 4)
+    return packed.reshape(B, num_kv_heads, -1, D)
+
+
+def _masked_scores(
+    packed: Tensor, k: Tensor, rows: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    scores = (packed @ k.transpose(-1, -2)).float() * (scale or packed.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill_(~rows, -torch.inf)
+
+
+def _log_sum_exp(
+    q: Tensor, k: Tensor, mask: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """(B, N, Hq) float32; -inf for a row that sees nothing."""
+    B, N, Hq, _ = q.shape
+    Hkv = k.shape[2]
+    rows = mask[:, None].repeat(1, 1, Hq // Hkv, 1)
+    packed = _pack_heads(q, Hkv)
+    scores = _masked_scores(packed.float(), k.transpose(1, 2).float(), rows, scale, softcap)
+    lse = scores.logsumexp(-1)
+    return lse.view(B, Hkv, Hq // Hkv, N).permute(0, 3, 1, 2).reshape(B, N, Hq)
+
+
+def verify_greedy_reference(
+    tokens: Sequence[int], parents: Sequence[int], choice: Sequence[int]
+) -> list[int]:
     """Follow the target's choice from the root for as long as some child proposes it: the accepted node ids."""
     path, node = [], 0
     while matches := [c for c, p in enumerate(parents) if p == node and tokens[c] == choice[node]]:
@@ -159,30 +293,129 @@ def verify_greedy_reference(tokens: list[int], parents: list[int], choice: list[
     return path
 
 
-def verify_greedy(tree: DraftTree, choice: Tensor) -> Verdict:
-    """Accept the longest root path whose every token is the target's own `choice` (B, N) at the parent."""
+def verify_greedy(
+    tree: DraftTree,
+    choice: Tensor | Callable[[Tensor], Tensor],  # (B, N)  the target's own token at each node
+    *,
+    backend: str = "auto",
+) -> Verdict:
+    """Accept the longest root path whose every token is the target's own choice at the parent.
+
+    A function from visited nodes (B,) to choices (B,) in place of the tensor spares the argmax of every other node,
+    which in half precision on a CPU takes longer than the whole target pass.
+    """
+    takes_kernel = _takes_kernel(backend, tree.tokens)
+    if _may_read_back(tree.tokens):
+        tree.validate()
+    if callable(choice):
+        if backend == "triton":
+            raise ValueError("the kernel takes the target's choice as a tensor (B, N), not a function")
+        return _walk(tree, choice)
+    if choice.shape != tree.tokens.shape:
+        raise ValueError(
+            f"the target's choice is {tuple(choice.shape)} but the tree {tuple(tree.tokens.shape)}"
+        )
+    if takes_kernel:
+        trees = tree.tokens.contiguous(), tree.parents.contiguous()
+        return _verdict(tree_kernel.walk_greedily(*trees, choice.contiguous()))
     return _walk(tree, lambda nodes: choice.gather(1, nodes[:, None])[:, 0])
+
+
+def verify_sample_reference(
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    target_probs: Sequence[Sequence[Real]],  # (N, V)
+    is_accepted: Callable[[int, Real, Real], bool],  # node, numerator, denominator of the probability
+    draw_token: Callable[[int, Sequence[Real]], int],  # node, masses in proportion
+    *,
+    mode: str = "coupled",
+    draft_probs: Sequence[Sequence[Real]] | None = None,  # (N, V) what each node's children were drawn from
+) -> tuple[list[int], list[int]]:
+    """The accepted node ids and the emitted tokens of one tree, whatever numbers the masses are made of.
+
+    Chance is in the two functions: uniforms make it one walk, and a function that goes both ways lists every outcome with
+    its probability.
+    """
+    path, emitted, node = [], [], 0
+    if mode == "coupled":
+        while True:
+            emitted.append(draw_token(node, target_probs[node]))
+            matches = [c for c, p in enumerate(parents) if p == node and tokens[c] == emitted[-1]]
+            if not matches:
+                return path, emitted
+            path.append(node := matches[0])
+    left = list(target_probs[0])
+    offered = list(draft_probs[0]) if draft_probs is not None else []
+    for child in range(1, len(tokens)):
+        if parents[child] != node:
+            continue
+        token = tokens[child]
+        if mode == "deterministic":
+            offered = [int(other == token) for other in range(len(left))]
+        if is_accepted(child, left[token] * sum(offered), offered[token] * sum(left)):
+            path.append(node := child)
+            emitted.append(token)
+            left = list(target_probs[node])
+            offered = list(draft_probs[node]) if draft_probs is not None else []
+        else:
+            taken = [mass * sum(left) / sum(offered) for mass in offered]
+            left = [max(mass - other, 0) for mass, other in zip(left, taken, strict=True)]
+            if mode == "without_replacement":
+                offered[token] = 0
+    return path, [*emitted, draw_token(node, left if sum(left) > 0 else target_probs[node])]
 
 
 def verify_sample(
     tree: DraftTree,
-    target_probs: Tensor | Callable[[Tensor], Tensor],
+    target_probs: Tensor | Callable[[Tensor], Tensor],  # (B, N, V)
     uniforms: Tensor,  # (B, N)  the draw made at each node
+    final_uniforms: Tensor | None = None,  # (B,)  the last draw, which adds the bonus token
+    *,
+    mode: str = "coupled",
+    draft_probs: Tensor | None = None,  # (B, N, V)  what each node's children were drawn from
+    backend: str = "auto",
 ) -> Verdict:
-    """Draw from the target at each visited node and go to the child that was drawn, if there is one.
+    """Emit a path of the tree and a token behind it, distributed as the target's own continuation.
 
-    `target_probs` is (B, N, V), or a function from visited nodes (B,) to their distributions (B, V): only the nodes on
-    the walk are then ever normalised. Lossless for every tree that does not depend on `uniforms`: each emitted token
-    is one draw from the target at its own prefix. With uniforms keyed by position, a sampled run repeats the
-    autoregressive run of the same seed token for token.
+    "coupled": draw from the target at each visited node and go to the child that was drawn. `target_probs` may then be a
+    function from visited nodes (B,) to their distributions (B, V): only those are ever normalised. With uniforms keyed
+    by position, a sampled run repeats the autoregressive run of the same seed token for token.
+    "deterministic": children that were chosen, not drawn; each is accepted with its mass of what is left of the target.
+    "without_replacement", "with_replacement": children drawn from `draft_probs` of their parent, in the order of their
+    ids; a rejected one leaves the residual max(p - q, 0). Drawn with replacement, siblings may repeat.
+    All need a tree that does not depend on `uniforms`; the last two need `draft_probs` exactly as the children were drawn.
     """
-    if isinstance(target_probs, Tensor):
-        probs = target_probs
-        rows = torch.arange(len(probs), device=probs.device)
-        probs_at: Callable[[Tensor], Tensor] = lambda nodes: probs[rows, nodes]  # noqa: E731
-    else:
-        probs_at = target_probs
-    return _walk(tree, lambda nodes: draw(probs_at(nodes), uniforms.gather(1, nodes[:, None])[:, 0]))
+    _refuse_sampling(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
+    takes_kernel = _takes_kernel(backend, tree.tokens)
+    if callable(target_probs):
+        if backend == "triton":
+            raise ValueError("the kernels take target_probs as a tensor (B, N, V), not as a function")
+        return _walk(tree, lambda nodes: draw(target_probs(nodes), uniforms.gather(1, nodes[:, None])[:, 0]))
+    if takes_kernel:
+        return _sample_by_kernel(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
+    if mode == "coupled":
+        rows = torch.arange(len(target_probs), device=target_probs.device)
+        return _walk(
+            tree, lambda nodes: draw(target_probs[rows, nodes], uniforms.gather(1, nodes[:, None])[:, 0])
+        )
+    return _walk_by_rejection(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
+
+
+def _sample_by_kernel(
+    tree: DraftTree, target_probs: Tensor, uniforms: Tensor, final_uniforms: Tensor | None, mode: str,
+    draft_probs: Tensor | None,
+) -> Verdict:  # fmt: skip
+    trees = tree.tokens.contiguous(), tree.parents.contiguous()
+    p, u = target_probs.contiguous(), uniforms.float().contiguous()
+    if mode == "coupled":
+        return _verdict(tree_kernel.walk_coupled(*trees, p, u))
+    q = None if draft_probs is None else draft_probs.contiguous()
+    final = final_uniforms.float().contiguous()
+    return _verdict(tree_kernel.walk_by_rejection(*trees, p, q, u, final, mode == "with_replacement"))
+
+
+def _verdict(walk: tree_kernel.Walk) -> Verdict:
+    return Verdict(walk.path, walk.accepted, walk.emitted, walk.bonus)
 
 
 def _walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
@@ -193,7 +426,8 @@ def _walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
     path, tokens = [nodes], []
     for _ in range(N):
         chosen = choose(nodes)
-        is_child = (tree.parents == nodes[:, None]) & (tree.tokens == chosen[:, None]) & is_walking[:, None]
+        is_child = (tree.parents == nodes[:, None]) & (tree.tokens == chosen[:, None])
+        is_child &= is_walking[:, None]
         tokens.append(chosen.masked_fill(~is_walking, NO_NODE))
         found, child = is_child.max(1)
         is_walking = found
@@ -206,24 +440,189 @@ def _walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
     return Verdict(path, num_accepted, tokens, tokens.gather(1, num_accepted[:, None])[:, 0])
 
 
+def _walk_by_rejection(
+    tree: DraftTree, target_probs: Tensor, uniforms: Tensor, final_uniforms: Tensor, mode: str, draft_probs: Tensor | None
+) -> Verdict:  # fmt: skip
+    """Try every node in turn in the sequences that stand at its parent: parents come first, so one sweep is the walk."""
+    B, N = tree.tokens.shape
+    rows = torch.arange(B, device=uniforms.device)
+    uniforms = uniforms.double().clamp_max(LARGEST_BELOW_ONE)
+    nodes, num_accepted = tree.tokens.new_zeros(B), tree.tokens.new_zeros(B)
+    path, emitted = torch.full_like(tree.tokens, NO_NODE), torch.full_like(tree.tokens, NO_NODE)
+    path[:, 0] = 0
+    left = target_probs[:, 0].double()  # (B, V) mass of the target that no draft has taken
+    offered = None if draft_probs is None else draft_probs[:, 0].double()
+    for child in range(1, N):
+        is_tried = tree.parents[:, child] == nodes
+        if not is_tried.any():
+            continue
+        token, mass = tree.tokens[:, child].clamp_min(0), left.sum(1)
+        proposed, unseen = (1, 1) if offered is None else (offered[rows, token], offered.sum(1))
+        is_accepted = is_tried & (uniforms[:, child] * proposed * mass < left[rows, token] * unseen)
+        is_rejected = is_tried & ~is_accepted
+        if offered is None:
+            left[rows[is_rejected], token[is_rejected]] = 0
+        else:
+            residual = (left - (mass / unseen)[:, None] * offered).clamp_min(0)
+            left = torch.where(is_rejected[:, None], residual, left)
+            if mode == "without_replacement":
+                offered[rows[is_rejected], token[is_rejected]] = 0
+            offered = torch.where(is_accepted[:, None], draft_probs[:, child], offered)
+        left = torch.where(is_accepted[:, None], target_probs[:, child], left)
+        went = rows[is_accepted]
+        emitted[went, num_accepted[went]] = token[went]
+        num_accepted = num_accepted + is_accepted
+        path[went, num_accepted[went]] = child
+        nodes = torch.where(is_accepted, child, nodes)
+    # only rounding can reject every draft and leave nothing: then the draft was the target
+    left = torch.where(left.sum(1, keepdim=True) > 0, left, target_probs[rows, nodes].double())
+    bonus = draw(left, final_uniforms.double().clamp_max(LARGEST_BELOW_ONE))
+    emitted[rows, num_accepted] = bonus
+    P = int(num_accepted.max()) + 1
+    return Verdict(path[:, :P], num_accepted, emitted[:, :P], bonus)
+
+
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the cumulative distribution of each row (B, V) at its uniform in [0, 1): (B,). Zero mass is never drawn."""
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
     # the largest float below the total, so that rounding can never step past the last token with mass
-    threshold = torch.minimum(uniforms[:, None].to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
+    threshold = torch.minimum(
+        uniforms[:, None].to(total) * total, torch.nextafter(total, torch.zeros_like(total))
+    )
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-def keep_accepted(cache: Tensor, verdict: Verdict, cache_lengths: Tensor) -> Tensor:
+def keep_accepted_reference(slots: list, path: Sequence[int], length: int) -> list:
+    """The slots of one sequence that stay: its prefix, then those of the path."""
+    return slots[:length] + [slots[length + node] for node in path if node != NO_NODE]
+
+
+def keep_accepted(
+    cache: Tensor,  # (..., B, S, Hkv, D) every layer's keys and values at once, or (..., num_pages, page_size, Hkv, D)
+    verdict: Verdict,
+    cache_lengths: Tensor,  # (B,)
+    *,
+    block_table: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Move the accepted path's slots behind the prefix, in place, and return the new lengths (B,).
 
-    `cache` is (..., B, S, Hkv, D), every layer's keys and values at once; slots past the new length are left stale.
+    Slots past the new length are left stale.
     """
     B, P = verdict.path.shape
-    rows = torch.arange(B, device=cache.device)[:, None]
-    target_slots = cache_lengths[:, None] + torch.arange(P, device=cache.device)
-    source_slots = torch.where(verdict.path < 0, target_slots, cache_lengths[:, None] + verdict.path)
-    if P > 1:
-        cache[..., rows, target_slots, :, :] = cache[..., rows, source_slots, :, :]
+    if cache_lengths.shape != (B,) or (block_table is None and cache.shape[-4] != B):
+        raise ValueError(
+            f"a verdict on {B} sequences does not fit lengths {tuple(cache_lengths.shape)} "
+            f"and a cache {tuple(cache.shape)}"
+        )
+    if _takes_kernel(backend, cache):
+        layers = cache.view(-1, *cache.shape[-4:])
+        tree_kernel.keep(layers, verdict.path.contiguous(), verdict.num_accepted, cache_lengths, block_table)
+    elif P > 1:
+        is_node = verdict.path >= 0
+        steps = torch.arange(P, device=cache.device).expand_as(is_node)
+        # a step that was not taken copies the root onto itself
+        target_slots = cache_lengths[:, None] + steps.where(is_node, 0)
+        source_slots = cache_lengths[:, None] + verdict.path.where(is_node, 0)
+        sources, targets = (_places(slots, cache, block_table) for slots in (source_slots, target_slots))
+        cache[(..., *targets, slice(None), slice(None))] = cache[(..., *sources, slice(None), slice(None))]
     return cache_lengths + verdict.num_accepted + 1
+
+
+def _takes_kernel(backend: str, tensor: Tensor) -> bool:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose {', '.join(BACKENDS)}")
+    if backend == "triton" and not tensor.is_cuda and not tree_kernel.is_interpreted():
+        raise ValueError(
+            f"backend 'triton' needs a GPU tensor, not one on {tensor.device}: use backend='torch', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    return backend == "triton" or (backend == "auto" and tensor.is_cuda)
+
+
+def _may_read_back(tensor: Tensor) -> bool:
+    """Values on a GPU can be looked at, at the cost of a synchronisation, unless a CUDA graph is being captured."""
+    return not tensor.is_cuda or not torch.cuda.is_current_stream_capturing()
+
+
+def _capacity(cache: Tensor, block_table: Tensor | None) -> int:
+    return cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
+
+
+def _refuse_shapes(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, tree: DraftTree,
+    block_table: Tensor | None,
+) -> None:  # fmt: skip
+    B, N, Hq, D = q.shape
+    Hkv = k.shape[2]
+    faults = {
+        f"{Hq} query heads cannot share {Hkv} key-value heads": Hq % Hkv != 0,
+        f"k and v must be {(B, N, Hkv, D)}": not k.shape == v.shape == (B, N, Hkv, D),
+        f"the tree must be {(B, N)}": tree.tokens.shape != (B, N),
+        f"cache_lengths must be {(B,)}": cache_lengths.shape != (B,),
+        "the caches of keys and values must have one shape": k_cache.shape != v_cache.shape,
+        f"the cache must end in {(Hkv, D)}": k_cache.shape[2:] != (Hkv, D),
+        f"the cache must hold {B} sequences": block_table is None and k_cache.shape[0] != B,
+        f"the block table must be ({B}, pages)": block_table is not None and block_table.shape[0] != B,
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise ValueError(
+                f"{fault}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, cache {tuple(k_cache.shape)} and "
+                f"{tuple(v_cache.shape)}, lengths {tuple(cache_lengths.shape)}, tree {tuple(tree.tokens.shape)}"
+            )
+
+
+def _refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> None:
+    shortest, longest = (int(length) for length in cache_lengths.aminmax())
+    if shortest < 0 or longest + num_nodes > capacity:
+        raise ValueError(
+            f"cache lengths run from {shortest} to {longest}; with {num_nodes} nodes behind them they must fit "
+            f"the {capacity} slots of the cache"
+        )
+
+
+def _refuse_head_size(head_size: int) -> None:
+    if head_size not in HEAD_SIZES:
+        raise ValueError(
+            f"the kernels have head sizes {', '.join(map(str, HEAD_SIZES))}, not {head_size}: use backend='torch'"
+        )
+
+
+def _refuse_sampling(
+    tree: DraftTree, target_probs: Tensor | Callable[[Tensor], Tensor], uniforms: Tensor, final_uniforms: Tensor | None,
+    mode: str, draft_probs: Tensor | None,
+) -> None:  # fmt: skip
+    B, N = tree.tokens.shape
+    if mode not in SAMPLING_MODES:
+        raise ValueError(f"unknown sampling mode {mode!r}; choose {', '.join(SAMPLING_MODES)}")
+    if uniforms.shape != (B, N):
+        raise ValueError(f"uniforms must be {(B, N)}, one per node, not {tuple(uniforms.shape)}")
+    if mode != "coupled" and (final_uniforms is None or final_uniforms.shape != (B,)):
+        shape = None if final_uniforms is None else tuple(final_uniforms.shape)
+        raise ValueError(f"mode {mode!r} needs final_uniforms {(B,)} for the bonus token, not {shape}")
+    if mode != "coupled" and callable(target_probs):
+        raise ValueError(f"mode {mode!r} needs target_probs as a tensor (B, N, V), not as a function")
+    if (draft_probs is not None) != mode.endswith("_replacement"):
+        needs = "needs" if mode.endswith("_replacement") else "takes no"
+        raise ValueError(f"mode {mode!r} {needs} draft_probs")
+    vocab_size = None if callable(target_probs) else target_probs.shape[-1]
+    if not callable(target_probs):
+        for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
+            _refuse_probs(name, probs, (B, N, vocab_size))
+    if _may_read_back(tree.tokens):
+        tree.validate(vocab_size, allow_duplicates=mode == "with_replacement")
+
+
+def _refuse_probs(name: str, probs: Tensor | None, shape: tuple[int, int, int]) -> None:
+    if probs is None:
+        return
+    if probs.shape != shape:
+        raise ValueError(f"{name} must be {shape}, not {tuple(probs.shape)}")
+    if _may_read_back(probs) and not (torch.isfinite(probs).all() and (probs >= 0).all()):
+        row, node, token = (~torch.isfinite(probs) | (probs < 0)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} of token {token} at node {node} of sequence {row} is {probs[row, node, token].item()}; "
+            "probabilities must be finite and not negative"
+        )

@@ -1,0 +1,154 @@
+"""A run knows what its records depend on, loses nothing, and refuses what it cannot do in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from specrepro import __main__ as command_line
+from specrepro import experiment
+
+PAPERS = list(experiment.PAPERS)
+
+
+@pytest.fixture
+def tiny_run(tiny_chat_folder, tmp_path, monkeypatch):
+    """A run on a tiny target whose questions are three short prompts."""
+    run = experiment.Run(
+        "eagle3", tier="smoke", target=str(tiny_chat_folder), dtype="float32", figures_dir=tmp_path
+    )
+    monkeypatch.setattr(
+        run, "questions", lambda name, n=0: [(f"{name}/{i}", [5 + i, 7, 9]) for i in range(3)]
+    )
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eagle4"], "choose one of eagle3"),
+        (["eagle3", "--tier", "tiny"], "choose one of smoke, laptop, full, paper"),
+        (["eagle3", "-p", "sede", "1"], "unknown parameter 'sede'"),
+        (["eagle3", "-p", "seed", "one"], "parameter seed takes int, not 'one'"),
+    ],
+)
+def test_a_wrong_call_exits_2_and_names_what_is_known(arguments, said, capsys):
+    try:
+        status = command_line.main(arguments)
+    except SystemExit as stopped:  # argparse's way out
+        status = stopped.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    status = command_line.main(["eagle3", "-p", "figures_dir", str(tmp_path / "file")])
+    assert status == 1
+    assert "choose another with -p figures_dir" in capsys.readouterr().err
+
+
+def test_a_dry_run_measures_nothing_and_writes_nothing(tmp_path, capsys):
+    status = command_line.main(["eagle3", "--dry-run", "-p", "figures_dir", str(tmp_path / "out")])
+    assert status == 0
+    assert not (tmp_path / "out").exists()
+    assert "archives" in capsys.readouterr().out
+
+
+def test_a_second_run_of_the_same_configuration_decodes_nothing(tiny_run, monkeypatch):
+    from specrepro.decoding import Autoregressive
+
+    tiny_run.depends_on(checkpoint="one")
+    first = tiny_run.compare({"again": Autoregressive()}, ("chat",))
+    monkeypatch.setattr("specrepro.measure.decode", lambda *a, **k: pytest.fail("decoded again"))
+    tiny_run.depends_on(checkpoint="one")
+    assert tiny_run.compare({"again": Autoregressive()}, ("chat",)) == first
+
+
+def test_another_checkpoint_sets_the_records_aside_or_refuses_to_resume(tiny_run):
+    tiny_run.depends_on(checkpoint="one")
+    (tiny_run.records / "decoded.jsonl").write_text("a record\n")
+    with pytest.raises(ValueError, match="checkpoint was 'one' and is 'two'"):
+        tiny_run.depends_on(resume=True, checkpoint="two")
+    assert (tiny_run.records / "decoded.jsonl").read_text() == "a record\n"
+    tiny_run.depends_on(checkpoint="two")
+    assert not (tiny_run.records / "decoded.jsonl").exists()
+    aside = [path.read_text() for path in tiny_run.records.parent.glob("smoke-*/decoded.jsonl")]
+    assert aside == ["a record\n"], "records of another configuration must be kept"
+
+
+def test_a_run_replaces_the_rows_of_its_own_tier_alone(tmp_path):
+    path = tmp_path / "results.csv"
+    experiment.replace_rows(path, pd.DataFrame({"tier": ["full"], "tau": [3.0]}), "full")
+    experiment.replace_rows(path, pd.DataFrame({"tier": ["laptop"], "tau": [2.0]}), "laptop")
+    experiment.replace_rows(path, pd.DataFrame({"tier": ["laptop"], "tau": [2.5]}), "laptop")
+    found = pd.read_csv(path)
+    assert dict(zip(found["tier"], found["tau"], strict=True)) == {"full": 3.0, "laptop": 2.5}
+
+
+def test_a_stage_is_measured_once_per_configuration(tiny_run):
+    tiny_run.depends_on(checkpoint="one")
+    calls = []
+
+    def make() -> pd.DataFrame:
+        calls.append(1)
+        return pd.DataFrame({"quantity": ["pass_cost"], "value": [float(len(calls))]})
+
+    tiny_run.stage("pass_cost", make)
+    tiny_run.stage("pass_cost", make)
+    assert tiny_run.of("pass_cost")["value"].tolist() == [1.0, 1.0]
+    tiny_run.depends_on(checkpoint="two")
+    tiny_run.stage("pass_cost", make)
+    assert tiny_run.of("pass_cost")["value"].tolist() == [1.0, 1.0, 2.0]
+
+
+def test_unknown_tiers_name_the_known_ones():
+    with pytest.raises(ValueError, match="unknown tier 'huge'; choose one of smoke"):
+        experiment.tier_named("huge")
+
+
+def test_the_readme_tables_are_those_of_the_committed_rows():
+    text = experiment.README.read_text()
+    assert experiment.with_tables(text) == text, "run: python -m specrepro readme"
+    assert all(f"<!-- rows: {paper} -->" in text for paper in PAPERS)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_paper_has_module_notebook_claims_and_readme_row(paper):
+    root = experiment.ROOT
+    for path in (f"specrepro/{paper}.py", f"notebooks/{paper}.ipynb", f"claims/{paper}.yaml"):
+        assert (root / path).is_file(), f"{path} is missing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_notebook_reaches_its_verdict_at_the_smoke_tier(paper, tmp_path):
+    command = [sys.executable, "-m", "specrepro", paper, "--tier", "smoke"]
+    answer = subprocess.run(
+        [*command, "-p", "figures_dir", str(tmp_path)],
+        cwd=experiment.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    folder = tmp_path / paper
+    verdict = json.loads((folder / "verdict.json").read_text())
+    lossless = [claim for claim in verdict["claims"] if claim["id"].startswith("lossless")]
+    assert {claim["verdict"] for claim in lossless} == {"direction holds"}
+    assert all(claim["num_prompts"] for claim in lossless)
+    assert len(list(folder.glob("fig_*.png"))) >= 5, "a figure was not drawn"
+    assert "direction holds" in answer.stdout, "the verdict was not printed"
+    assert_resumes_in_place(folder, command, tmp_path)
+
+
+def assert_resumes_in_place(folder: Path, command: list[str], tmp_path: Path) -> None:
+    """A second run decodes nothing again: the records stay as they were."""
+    before = (folder / "records" / "smoke" / "decoded.jsonl").read_bytes()
+    again = [*command, "--resume", "-p", "figures_dir", str(tmp_path)]
+    assert subprocess.run(again, cwd=experiment.ROOT, capture_output=True).returncode == 0
+    assert (folder / "records" / "smoke" / "decoded.jsonl").read_bytes() == before

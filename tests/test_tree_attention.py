@@ -1,0 +1,267 @@
+"""Tree attention: the kernel, run by Triton's interpreter, and the torch path both do what the reference says.
+
+Bitwise claims are about the kernel's order of reduction; on a GPU the tests marked `gpu` repeat them. How the kernel was
+broken on purpose, and which test saw it, is told at the end of `test_tree_verify.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tree_cases import (
+    TOLERANCE,
+    attention_case,
+    language_patched_once_a_launch,  # noqa: F401
+    paged,
+)
+
+from specrepro.draft_tree import DraftTree
+from specrepro.tree_verify import pack, tree_attention, tree_attention_reference
+
+BACKENDS = ("triton", "torch")
+CHAIN = torch.arange(-1, 8).expand(1, 9)
+
+
+def error_of(case, backend: str, **options) -> float:
+    """Largest difference from the reference, in the output and in the log-sum-exp."""
+    expected, expected_lse = tree_attention_reference(*case.arguments, return_lse=True, **options)
+    out, lse = tree_attention(*case.arguments, return_lse=True, backend=backend, **options)
+    assert not out.isnan().any() and not lse.isnan().any()
+    assert torch.equal(lse.isneginf(), expected_lse.isneginf())
+    lse_error = (lse - expected_lse).nan_to_num(0.0).abs().max()
+    return max((out - expected).abs().max().item(), lse_error.item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 63, 64, 65, 127, 128, 257])
+def test_matches_the_reference_at_every_word_boundary(N: int, backend: str) -> None:
+    case = attention_case(N, G=1, lengths=(5,), seed=N, padding=N > 60)
+    assert error_of(case, backend) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("G", [1, 2, 3, 4, 7, 8])
+def test_matches_the_reference_for_every_group_of_heads(G: int, backend: str) -> None:
+    case = attention_case(5, G, lengths=(33, 0, 1), num_kv_heads=2, seed=G, padding=2)
+    assert error_of(case, backend) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+def test_matches_the_reference_at_every_head_size(D: int) -> None:
+    assert error_of(attention_case(6, 3, D, lengths=(41,)), "triton") < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_within_its_tolerance(dtype: torch.dtype, backend: str) -> None:
+    case = attention_case(33, 2, lengths=(300, 77), dtype=dtype)
+    assert error_of(case, backend) < TOLERANCE[dtype] * (5 if dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [(255, 256, 257), (600, 3, 511)])
+def test_long_and_ragged_prefixes_are_merged_from_their_splits(
+    lengths: tuple[int, ...], backend: str
+) -> None:
+    assert error_of(attention_case(3, 2, lengths=lengths), backend) < TOLERANCE[torch.float32]
+
+
+def test_a_very_long_prefix_gets_larger_splits_rather_than_more() -> None:
+    case = attention_case(2, 1, lengths=(4097,), capacity=4200, dtype=torch.float16)
+    assert error_of(case, "triton") < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_splitting_by_occupancy_changes_nothing_but_rounding(deterministic: bool) -> None:
+    case = attention_case(9, 4, lengths=(190, 64), dtype=torch.float16)
+    expected = tree_attention_reference(*case.arguments)
+    out = tree_attention(*case.arguments, backend="triton", deterministic=deterministic)
+    assert (out - expected).abs().max() < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_a_sliding_window_counts_depth_and_not_the_node_index(window: int, backend: str) -> None:
+    # SGLang #39287: twelve leaves of one root lie at depth 1, yet up to twelve indices from it
+    star = torch.tensor([[-1] + [0] * 12, [-1, *range(12)]])
+    case = attention_case(13, 2, lengths=(70, 9), parents=star)
+    assert error_of(case, backend, window=window) < TOLERANCE[torch.float32]
+    by_index = tree_attention_reference(*case.arguments, window=window)
+    chain = DraftTree.chain(case.tree.tokens)
+    flattened = tree_attention_reference(*case.arguments[:-1], chain, window=window)
+    assert (by_index[0] - flattened[0]).abs().max() > 0.1, "the two readings would agree here"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcap_scale_and_window_work_together(backend: str) -> None:
+    case = attention_case(7, 2, lengths=(50, 11))
+    options = dict(softcap=3.0, scale=0.4, window=6)
+    assert error_of(case, backend, **options) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+def test_pages_in_any_order_give_the_contiguous_result(page_size: int, backend: str) -> None:
+    case = attention_case(6, 2, lengths=(35, 50), num_kv_heads=2)
+    plain = tree_attention(*case.arguments, backend=backend)
+    arguments, table = paged(case, page_size, seed=page_size)
+    out = tree_attention(*arguments, block_table=table, backend=backend)
+    if backend == "triton":
+        assert torch.equal(out, plain)
+    assert (out - plain).abs().max() < TOLERANCE[torch.float32]
+    stored = arguments[3][table.long()].flatten(1, 2)
+    for b, length in enumerate(case.cache_lengths.tolist()):
+        assert torch.equal(stored[b, length : length + 6], case.k[b])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_trees_keys_and_values_wait_behind_the_prefix(backend: str) -> None:
+    case = attention_case(5, 2, lengths=(20, 8), num_kv_heads=2)
+    arguments = case.arguments
+    tree_attention(*arguments, backend=backend)
+    for cache, own, before in zip(arguments[3:5], (case.k, case.v), (case.k_cache, case.v_cache), strict=True):
+        for b, length in enumerate((20, 8)):
+            assert torch.equal(cache[b, length : length + 5], own[b])
+            assert torch.equal(cache[b, :length], before[b, :length])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_gets_zero_and_a_log_sum_exp_of_minus_infinity(backend: str) -> None:
+    case = attention_case(9, 2, lengths=(12, 300), padding=4)
+    case.k[1, 5:], case.v[1, 5:] = torch.nan, torch.nan
+    out, lse = tree_attention(*case.arguments, return_lse=True, backend=backend)
+    assert (out[1, 5:] == 0).all() and lse[1, 5:].isneginf().all()
+    assert out[1, :5].isfinite().all() and out[0].isfinite().all() and lse[0].isfinite().all()
+
+
+def test_each_branch_is_plain_attention_over_a_chain() -> None:
+    case = attention_case(24, 2, lengths=(40,), seed=3)
+    out = tree_attention(*case.arguments, backend="triton")
+    parents = case.tree.parents[0].tolist()
+    deepest = int(case.tree.depths()[0].argmax())
+    path = [deepest]
+    while parents[path[-1]] >= 0:
+        path.append(parents[path[-1]])
+    path.reverse()
+    assert len(path) > 4, "no branch is long enough to mean anything"
+    keys = torch.cat([case.k_cache[:, :40], case.k[:, path]], 1).transpose(1, 2)
+    values = torch.cat([case.v_cache[:, :40], case.v[:, path]], 1).transpose(1, 2)
+    n = len(path)
+    mask = torch.ones(n, 40 + n, dtype=torch.bool).tril(40)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        case.q[:, path].transpose(1, 2), keys, values, mask, enable_gqa=True
+    )
+    assert (out[:, path] - plain.transpose(1, 2)).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_row_depends_on_what_else_is_in_the_tree(dtype: torch.dtype) -> None:
+    """One node alone, a chain cut anywhere and a tree with nodes added give the same bits."""
+    whole = attention_case(37, 3, lengths=(280, 31), dtype=dtype, seed=5)
+    out = tree_attention(*whole.arguments, backend="triton")
+    for N in (1, 2, 9, 33):
+        tree = DraftTree(whole.tree.tokens[:, :N], whole.tree.parents[:, :N])
+        caches = whole.k_cache.clone(), whole.v_cache.clone()
+        own = (whole.q[:, :N], whole.k[:, :N], whole.v[:, :N])
+        part = tree_attention(*own, *caches, whole.cache_lengths, tree, backend="triton")
+        assert torch.equal(part, out[:, :N]), f"the first {N} rows changed with the nodes behind them"
+
+
+def test_no_row_depends_on_the_capacity_or_on_the_batch_beside_it() -> None:
+    case = attention_case(5, 2, lengths=(280, 31))
+    out = tree_attention(*case.arguments, backend="triton")
+    q, k, v, k_cache, v_cache, lengths, tree = case.arguments
+    grown = [torch.nn.functional.pad(c, (0, 0, 0, 0, 0, 700), value=torch.nan)[1:] for c in (k_cache, v_cache)]
+    alone = tree_attention(q[1:], k[1:], v[1:], *grown, lengths[1:], tree.rows([1]), backend="triton")
+    assert torch.equal(alone, out[1:])
+
+
+def test_a_chain_is_causal_attention() -> None:
+    case = attention_case(9, 2, lengths=(0,), parents=CHAIN)
+    out = tree_attention(*case.arguments, backend="triton")
+    q, k, v = (x.transpose(1, 2) for x in (case.q, case.k, case.v))
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    assert (out - plain.transpose(1, 2)).abs().max() < TOLERANCE[torch.float32]
+
+
+def test_swapping_siblings_swaps_their_outputs_and_leaves_the_rest_untouched() -> None:
+    parents = torch.tensor([[-1, 0, 0, 1, 1, 3, 2]])
+    case = attention_case(7, 2, lengths=(20,), parents=parents)
+    out = tree_attention(*case.arguments, backend="triton")
+    # nodes 4 and 5 change places: 4 is a leaf beside 3, 5 a leaf below 3
+    order = torch.tensor([0, 1, 2, 3, 5, 4, 6])
+    swapped = DraftTree(case.tree.tokens[:, order], torch.tensor([[-1, 0, 0, 1, 3, 1, 2]]))
+    own = (case.q[:, order], case.k[:, order], case.v[:, order])
+    again = tree_attention(*own, *case.arguments[3:6], swapped, backend="triton")[:, order]
+    untouched = [0, 1, 2, 3, 6]
+    assert torch.equal(again[:, untouched], out[:, untouched])
+    # a key that moves within its block is added at another place
+    assert (again - out).abs().max() < 1e-6
+
+
+def test_a_packed_tree_can_be_shared_by_layers() -> None:
+    case = attention_case(9, 2, lengths=(20,))
+    shared = tree_attention(*case.arguments, packed=pack(case.tree), backend="triton")
+    assert torch.equal(shared, tree_attention(*case.arguments, backend="triton"))
+
+
+def test_heads_may_lie_before_slots_in_memory() -> None:
+    case = attention_case(4, 2, lengths=(30,), num_kv_heads=3)
+    expected = tree_attention(*case.arguments, backend="triton")
+    q, k, v, k_cache, v_cache, *rest = case.arguments
+    caches = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in (k_cache, v_cache))
+    assert torch.equal(tree_attention(q, k, v, *caches, *rest, backend="triton"), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(q=torch.zeros(2, 4, 3, 64)), "3 query heads cannot share 2"),
+        (dict(k=torch.zeros(2, 3, 2, 64)), "k and v must be"),
+        (dict(cache_lengths=torch.tensor([5])), "cache_lengths must be"),
+        (dict(cache_lengths=torch.tensor([5, 1000])), "from 5 to 1000; with 4 nodes"),
+        (dict(cache_lengths=torch.tensor([-1, 3])), "from -1 to 3"),
+        (dict(tree=DraftTree.chain(torch.zeros(2, 3).long())), "the tree must be"),
+        (dict(tree=DraftTree(torch.zeros(2, 4).long(), torch.tensor([[-1, 2, 1, 0]] * 2))), "a parent must come before"),
+        (dict(tree=DraftTree(torch.zeros(2, 4).long(), torch.tensor([[-1, 0, 9, 0]] * 2))), "a parent must come before"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_is_refused_before_anything_runs(change: dict, message: str, backend: str) -> None:
+    case = attention_case(4, 2, lengths=(20, 8), num_kv_heads=2)
+    names = ("q", "k", "v", "k_cache", "v_cache", "cache_lengths", "tree")
+    arguments = dict(zip(names, case.arguments, strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        tree_attention(**arguments, backend=backend)
+    assert torch.equal(arguments["k_cache"].nan_to_num(7), case.k_cache.nan_to_num(7))
+
+
+def test_unknown_backends_and_head_sizes_are_named() -> None:
+    case = attention_case(2, 1, D=48, lengths=(3,))
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; choose auto"):
+        tree_attention(*case.arguments, backend="cuda")
+    with pytest.raises(ValueError, match="64, 80, 96, 128, 256, not 48"):
+        tree_attention(*case.arguments, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+def test_on_a_gpu_the_compiled_kernel_matches_and_no_row_depends_on_others(
+    dtype: torch.dtype, D: int
+) -> None:
+    case = attention_case(60, 4, D, lengths=(1021, 300, 0), dtype=dtype, num_kv_heads=2)
+    expected = tree_attention_reference(*case.arguments)
+    q, k, v, k_cache, v_cache, lengths, tree = (
+        DraftTree(x.tokens.cuda(), x.parents.cuda()) if isinstance(x, DraftTree) else x.cuda() for x in case.arguments
+    )  # fmt: skip
+    out = tree_attention(q, k, v, k_cache.clone(), v_cache.clone(), lengths, tree)
+    assert (out.cpu() - expected).abs().max() < TOLERANCE[dtype]
+    for N in (1, 17, 33):
+        part = DraftTree(tree.tokens[:, :N], tree.parents[:, :N])
+        own = (q[:, :N], k[:, :N], v[:, :N])
+        rows = tree_attention(*own, k_cache.clone(), v_cache.clone(), lengths, part)
+        assert torch.equal(rows, out[:, :N])
