@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -236,7 +236,7 @@ class _Run:
         """Evaluate and save where it is time to."""
         is_last = step + 1 == self.config.total_steps
         every = self.config.evaluate_every
-        if score is not None and (is_last or (every and (step + 1) % every == 0)):
+        if score is not None and self.is_first and (is_last or (every and (step + 1) % every == 0)):
             self._keep_if_best(step, score)
         if self.is_first and (is_last or time.monotonic() - self.saved_at > self.config.save_seconds):
             self.save(step + 1)
@@ -249,7 +249,7 @@ class _Run:
     def _keep_if_best(self, step: int, score: Callable[[nn.Module], float]) -> None:
         value = score(self.module)
         self.log(step, {"score": value})
-        if value > self.best and self.is_first:
+        if value > self.best:
             self.best = value
             checkpoints.save_tensors(self.folder / "best.safetensors", dict(self.module.named_parameters()))
 

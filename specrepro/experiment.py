@@ -133,9 +133,10 @@ class Run:
         settings = [(name, temperature) for name in sets for temperature in temperatures]
         records = [
             measure.compare(
-                self.target, methods, self.questions(name), prompts=name, path=self.records / "decoded.jsonl",
-                temperature=temperature, max_new_tokens=self.max_new_tokens, batch=batch,
-                repeats=self.tier.repeats, seed=self.seed,
+                self.target, methods, self.questions(name), prompts=name,
+                path=self.records / "decoded.jsonl", temperature=temperature,
+                max_new_tokens=self.max_new_tokens, batch=batch, repeats=self.tier.repeats,
+                seed=self.seed,
             )
             for name, temperature in settings
         ]  # fmt: skip

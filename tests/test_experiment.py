@@ -1,4 +1,4 @@
-"""A run knows what its records depend on, loses nothing, and refuses what it cannot do in one line."""
+"""A run knows what its records depend on, loses nothing, and refuses in one line."""
 
 from __future__ import annotations
 
