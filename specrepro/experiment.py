@@ -117,8 +117,9 @@ class Run:
         return rows.environment(self.target)
 
     def questions(self, name: str, num_prompts: int = 0) -> list[tuple[str, list[int]]]:
-        """The first prompts of a set as (id, token ids)."""
-        chosen = prompts.load(name, num_prompts or self.num_prompts, self.seed)
+        """The first prompts of a set as (id, token ids): the papers' own sets at tier `paper`."""
+        load = prompts.load_from_hub if self.tier_name == "paper" else prompts.load
+        chosen = load(name, num_prompts or self.num_prompts, self.seed)
         room = self.target.max_context - self.max_new_tokens
         return [(one.id, prompts.encode(self.target.tokenizer, one, room)) for one in chosen]
 
