@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specrepro import checkpoints, prompts, target_model
-from specrepro.decoding import Autoregressive, decode
+from specrepro.decoding import Autoregressive, decode, most_probable
 from specrepro.target_model import Scores, Target, pad
 from specrepro.tree_verify import Verdict
 
@@ -127,7 +127,7 @@ class FeatureRecorder(Autoregressive):
 
     def observe(self, verdict: Verdict, scores: Scores) -> None:
         super().observe(verdict, scores)
-        one = Features(scores.taps[:, 0], scores.hidden[:, 0], scores.logits[:, 0].argmax(-1))
+        one = Features(scores.taps[:, 0], scores.hidden[:, 0], most_probable(scores.logits[:, 0]))
         self.passes.append((self.rows, one))
 
     def select(self, rows: Tensor) -> None:
@@ -137,7 +137,7 @@ class FeatureRecorder(Autoregressive):
     def features(self, num_tokens: list[int]) -> list[Features]:
         """Per sequence, the features of its `num_tokens` tokens; those of the last one, which was never read, are zero."""
         found = []
-        last_choice = self.prefill.logits[:, 0].argmax(-1)
+        last_choice = most_probable(self.prefill.logits[:, 0])
         for row, total in enumerate(num_tokens):
             n = int(self.lengths[row])
             whole = Features(
@@ -341,7 +341,7 @@ def recompute(target: Target, answers: Sequence[Answer], folder: Path, batch_tok
 
 
 def _one_of(target: Target, taps: Tensor, hidden: Tensor) -> Features:
-    return Features(taps, hidden, target.logits(hidden).argmax(-1))
+    return Features(taps, hidden, most_probable(target.logits(hidden)))
 
 
 def shuffled_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:

@@ -164,8 +164,8 @@ def test_resuming_measures_only_the_rest_and_ends_with_the_same_records(
     assert [[getattr(r, name) for name in names] for r in resumed] == [
         [getattr(r, name) for name in names] for r in whole
     ]
-    untouched = broken.read_bytes()
-    assert run(target, broken, **options) == resumed and broken.read_bytes() == untouched
+    options["methods"] = {"half": lambda: pytest.fail("nothing is left to measure")}
+    assert run(target, broken, **options) == resumed
 
 
 def test_an_interruption_loses_no_finished_prompt(target, tmp_path) -> None:
