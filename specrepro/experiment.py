@@ -153,7 +153,7 @@ class Run:
         """Drafters on one prompt set, greedy: rows of quantity "sweep" with each one's columns."""
         drafters = {method: drafter for method, (drafter, _) in settings.items()}
         found = self.decode_rows(self.compare(drafters, (name,), (0.0,)))
-        found = found[found["method"].isin(settings)]
+        found = found[(found["quantity"] == "decode") & found["method"].isin(settings)]
         columns = pd.DataFrame([settings[method][1] for method in found["method"]], found.index)
         return found.drop(columns=["quantity", *columns.columns], errors="ignore").assign(
             quantity="sweep", **columns

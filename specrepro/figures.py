@@ -2,8 +2,9 @@
 
 Every drawing function takes rows (a DataFrame as in `figures/<paper>/results.csv`) and returns a
 matplotlib Figure; `save` writes it as PNG, the same bytes for the same rows. A filled mark is
-measured here, a hollow one is the paper's. Bars, bands and whiskers are 95 % intervals, left out
-where a row carries none. Depth 1 is the first drafted token.
+measured here, a hollow one is the paper's. Bars, bands and whiskers are 95 % intervals (for the
+cost of a pass, its 10 and 90 % quantiles), left out where a row carries none. Depth 1 is the first
+drafted token.
 
 Where a quantity is absent the function raises a ValueError that says what is missing. Rows that
 differ in a column that the figure does not show are refused too: choose among them first.
@@ -524,3 +525,91 @@ def _footnote(figure: Figure, rows: pd.DataFrame) -> None:
         parts.append(f"{fewest} prompts" if fewest == most else f"{fewest} to {most} prompts")
     if parts:
         figure.supxlabel(" · ".join(parts), fontsize=7, color="#555555")
+
+
+def drafted_tree(
+    labels: list[str], parents: list[int], path: list[int], mask: np.ndarray
+) -> Figure:
+    """A drafted tree with its accepted path, and beside it which node sees which.
+
+    `labels` and `parents` name each node and its parent (-1 at the root, -2 at padding), `path` the
+    accepted nodes, root included; `mask` (nodes, nodes) is true where the row's node sees the
+    column's.
+    """
+    nodes = [node for node, parent in enumerate(parents) if parent >= -1]
+    across, down = _tree_layout([parents[node] for node in nodes])
+    with style():
+        figure = _figure(8.2, 3.4)
+        graph, matrix = figure.subplots(1, 2, width_ratios=[1.5, 1])
+        for node in nodes[1:]:
+            parent, is_kept = parents[node], node in path
+            line = {"color": PALETTE[0] if is_kept else "#b0b0b0", "linewidth": 2 if is_kept else 1}
+            graph.plot([across[parent], across[node]], [down[parent], down[node]], zorder=1, **line)
+        for node in nodes:
+            face = PALETTE[0] if node in path else "white"
+            graph.scatter(across[node], down[node], 330, face, edgecolors="#606060", zorder=2)
+            ink = "white" if node in path else "black"
+            look = {"ha": "center", "va": "center", "fontsize": 7, "color": ink, "zorder": 3}
+            graph.annotate(labels[node], (across[node], down[node]), **look)
+        graph.set_ylim(max(down) + 0.6, -0.6)
+        graph.set_yticks(range(int(max(down)) + 1))
+        graph.set_xticks([])
+        graph.set_ylabel("depth (tokens behind the root)")
+        graph.grid(False)
+        matrix.imshow(mask, cmap="Blues", vmin=0, vmax=1.6)
+        matrix.set_xlabel("key of node")
+        matrix.set_ylabel("query of node")
+        matrix.grid(False)
+        kept = Line2D([], [], color=PALETTE[0], linewidth=2, label="accepted path")
+        _legend(figure, [kept, _patch("sees", matplotlib.colormaps["Blues"](0.62))])
+    return figure
+
+
+def _tree_layout(parents: list[int]) -> tuple[list[float], list[int]]:
+    """Leaves side by side in the order of a walk, every parent over the middle of its children."""
+    children: list[list[int]] = [[] for _ in parents]
+    down = [0] * len(parents)
+    for node, parent in enumerate(parents[1:], start=1):
+        children[parent].append(node)
+        down[node] = down[parent] + 1
+    across, open_nodes, num_leaves = [0.0] * len(parents), [0], 0
+    while open_nodes:
+        node = open_nodes.pop()
+        open_nodes += reversed(children[node])
+        if not children[node]:
+            across[node] = num_leaves
+            num_leaves += 1
+    for node in reversed(range(len(parents))):
+        if children[node]:
+            across[node] = float(np.mean([across[child] for child in children[node]]))
+    return across, down
+
+
+def residuals(labels: list[str], steps: dict[str, np.ndarray]) -> Figure:
+    """A target's distribution and what rejected drafts leave of it, a panel for each step."""
+    with style():
+        figure = _figure(1.2 + 2.2 * len(steps), 2.6)
+        panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+        for axes, (name, masses), colour in zip(panels, steps.items(), PALETTE * 3, strict=False):
+            axes.bar(range(len(labels)), masses, 0.75, color=colour)
+            axes.set_xticks(range(len(labels)), labels)
+            axes.set_xlabel(f"token\n{name}")
+            axes.grid(False, axis="x")
+        panels[0].set_ylabel("probability")
+    return figure
+
+
+def split_shares(starts: list[int], shares: np.ndarray, unit: str = "slot") -> Figure:
+    """How much of each query row's attention falls into each split of the keys."""
+    with style():
+        figure = _figure(6.4, 2.6)
+        axes = figure.subplots()
+        bottom = np.zeros(shares.shape[0])
+        for place, start in enumerate(starts):
+            label = f"from {unit} {start}"
+            axes.bar(range(len(bottom)), shares[:, place], 0.8, bottom, label=label)
+            bottom = bottom + shares[:, place]
+        axes.set_xlabel("node")
+        axes.set_ylabel("share of the attention")
+        _legend(figure, axes.get_legend_handles_labels()[0], columns=6)
+    return figure

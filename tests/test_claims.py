@@ -230,6 +230,14 @@ def test_losslessness_is_an_exact_count():
     assert (verdict.verdict, verdict.measured) == ("not reproduced", 2)
 
 
+def test_no_speedup_is_judged_when_half_precision_parted_at_a_large_gap():
+    tie = {"quantity": "near_tie", "method": "EAGLE-3", "dtype": "bfloat16", "temperature": 0}
+    rows = [row(1.5, 1.6, "speedup"), tie | {"prompts": "chat", "value": 1.0}]
+    assert verdict_of(FASTER, rows).why == "a losslessness check failed"
+    rows[1]["value"] = 0.0
+    assert verdict_of(FASTER, rows).verdict == "direction holds", "a near tie is no failure"
+
+
 def test_no_speedup_is_judged_when_a_losslessness_check_failed():
     rows = [row(1.5, 1.6, "speedup"), row(1.1, 1.2, "speedup", method="PLD"), losslessness(1)]
     rows += [row(2.6, 2.9), row(1.5, 1.8, method="PLD")]
