@@ -1,8 +1,10 @@
-"""The training corpus: prompts answered by the target itself, kept as token ids, and the target's features over them.
+"""The training corpus: prompts answered by the target itself, and its features over them.
 
-The committed corpus holds the answers and the ids of the prompts they answer, no third-party text. Half of the answers
-are greedy, half sampled at temperature 1. Features (three taps and the final state of every token) are derived data:
-computed once per corpus and target into memory-mapped files, so that an epoch of training does not run the target.
+The committed corpus holds the answers and the ids of the prompts they answer, no third-party text.
+Half of the answers are greedy, half sampled at temperature 1. Features (three taps and the final
+state of every token) are derived data, kept in bfloat16:
+computed once per corpus and target into memory-mapped files, so that an epoch of training does not
+run the target.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from specrepro.tree_verify import Verdict
 
 COMMITTED = Path(__file__).parent.parent / "corpus" / "smollm2"
 ANSWERS = "answers.parquet"
-TEMPERATURES = (0.0, 1.0)  # batches of answers alternate between them
+TEMPERATURES = (
+    0.0,
+    1.0,
+)  # pairs of batches alternate between them, so each of two processes has both
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +74,25 @@ def generate(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Path:
-    """Answer `questions` in batches into `folder`/part-<rank>; a second call goes on where it stopped.
+    """Answer `questions` in batches into `folder`/part-<rank>; a second call goes on there.
 
-    Batches alternate between greedy and temperature 1; each of `num_ranks` processes takes every num_ranks-th batch.
-    The features that the target computes while answering are kept beside the answers, so training need not run it again.
+    Two batches are greedy, the next two sampled at temperature 1, and so on; each of `num_ranks`
+    processes takes every num_ranks-th batch. An answer depends on its prompt, `seed` and the
+    batches, never on which process gives it. The features that the target computes while answering
+    are kept beside the answers, so training need not run it again.
     """
     part = Part(folder / f"part-{rank}", target.hidden_size)
-    done = {answer.prompt_id for answer in part.reopen()}
-    batches = list(_batches(target, questions, max_prompt_tokens, batch_size))[rank::num_ranks]
+    part.reopen()
+    done = {answer.prompt_id for answer in _all_answers(folder)}
+    batches = list(enumerate(_batches(target, questions, max_prompt_tokens, batch_size)))
+    batches = batches[rank::num_ranks]
     began, num_tokens = time.perf_counter(), 0
     with tqdm(total=len(batches), desc=f"corpus, process {rank}", unit="batch") as bar:
-        for number, (ids, encoded) in enumerate(batches):
-            if not done.issuperset(ids):
-                num_tokens += _answer(target, part, ids, encoded, TEMPERATURES[number % 2], seed, max_new_tokens)
+        for number, batch in batches:
+            waiting = {name: tokens for name, tokens in batch.items() if name not in done}
+            if waiting:
+                temperature = TEMPERATURES[number // 2 % 2]
+                num_tokens += _answer(target, part, waiting, temperature, seed, max_new_tokens)
                 bar.set_postfix(tokens_per_second=round(num_tokens / (time.perf_counter() - began)))
             bar.update()
     return part.folder
@@ -89,28 +100,36 @@ def generate(
 
 def _batches(
     target: Target, questions: Sequence[prompts.Prompt], max_prompt_tokens: int, batch_size: int
-) -> Iterator[tuple[list[str], list[list[int]]]]:
-    """Batches of prompts of like length, in an order that makes any first part of them a fair sample."""
+) -> Iterator[dict[str, list[int]]]:
+    """Batches of prompts of like length by id; any first part of them is a fair sample."""
     encoded = [(question.id, prompts.encode(target.tokenizer, question)) for question in questions]
     encoded = [pair for pair in encoded if len(pair[1]) <= max_prompt_tokens]
     span = 8 * batch_size
     for start in range(0, len(encoded), span):
         window = sorted(encoded[start : start + span], key=lambda pair: len(pair[1]))
         for first in range(0, len(window), batch_size):
-            ids, tokens = zip(*window[first : first + batch_size], strict=True)
-            yield list(ids), list(tokens)
+            yield dict(window[first : first + batch_size])
 
 
 def _answer(
-    target: Target, part: Part, ids: list[str], encoded: list[list[int]], temperature: float, seed: int, max_new_tokens: int
+    target: Target,
+    part: Part,
+    batch: dict[str, list[int]],
+    temperature: float,
+    seed: int,
+    max_new_tokens: int,
 ) -> int:
-    """Answer one batch, keep answers and features, and return how many tokens were written."""
-    seeds = [_seed_of(prompt_id, seed) for prompt_id in ids]
+    """Answer one batch of prompts by id, keep what comes of it, and return how many tokens did."""
+    seeds = [_seed_of(prompt_id, seed) for prompt_id in batch]
     recorder = FeatureRecorder()
-    generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, temperature=temperature, seed=seeds)
+    encoded = list(batch.values())
+    sampling = {"temperature": temperature, "seed": seeds}
+    generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, **sampling)
     answers = [
         Answer(prompt_id, len(prompt), temperature, own_seed, generation.tokens)
-        for prompt_id, prompt, own_seed, generation in zip(ids, encoded, seeds, generations, strict=True)
+        for (prompt_id, prompt), own_seed, generation in zip(
+            batch.items(), seeds, generations, strict=True
+        )
     ]
     part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
     return sum(len(answer.tokens) for answer in answers)
@@ -135,7 +154,7 @@ class FeatureRecorder(Autoregressive):
         self.rows = self.rows[rows]
 
     def features(self, num_tokens: list[int]) -> list[Features]:
-        """Per sequence, the features of its `num_tokens` tokens; those of the last one, which was never read, are zero."""
+        """Features of each sequence's `num_tokens` tokens; zero at the last, never read one."""
         found = []
         last_choice = most_probable(self.prefill.logits[:, 0])
         for row, total in enumerate(num_tokens):
@@ -145,14 +164,16 @@ class FeatureRecorder(Autoregressive):
                 self.prefill.hidden.new_zeros(total, self.prefill.hidden.shape[-1]),
                 torch.zeros(total, dtype=torch.long),
             )
-            whole.taps[:n], whole.hidden[:n] = self.prefill.taps[row, :n], self.prefill.hidden[row, :n]
+            whole.taps[:n] = self.prefill.taps[row, :n]
+            whole.hidden[:n] = self.prefill.hidden[row, :n]
             whole.choices[n - 1] = last_choice[row]
             found.append(whole)
         for step, (rows, one) in enumerate(self.passes):
             for place, row in enumerate(rows.tolist()):
                 at = int(self.lengths[row]) + step
                 whole = found[row]
-                whole.taps[at], whole.hidden[at], whole.choices[at] = one.taps[place], one.hidden[place], one.choices[place]
+                whole.taps[at], whole.hidden[at] = one.taps[place], one.hidden[place]
+                whole.choices[at] = one.choices[place]
         return found
 
 
@@ -162,7 +183,7 @@ def _seed_of(prompt_id: str, seed: int) -> int:
 
 
 class Part:
-    """Answers and their features as one process appends them: answers.jsonl and raw bits, in the same order.
+    """Answers and features as one process appends them: answers.jsonl and raw bits, in one order.
 
     Features are written first, so after an interruption they are cut back to the answers there are.
     """
@@ -171,7 +192,11 @@ class Part:
         self.folder, self.hidden_size = folder, hidden_size
         folder.mkdir(parents=True, exist_ok=True)
         self.answers_path = folder / "answers.jsonl"
-        self.columns = {"taps": (3 * hidden_size, np.uint16), "hidden": (hidden_size, np.uint16), "choices": (1, np.int32)}
+        self.columns = {
+            "taps": (3 * hidden_size, np.uint16),
+            "hidden": (hidden_size, np.uint16),
+            "choices": (1, np.int32),
+        }
 
     def reopen(self) -> list[Answer]:
         """The whole answers there are; what an interruption left unfinished is cut off."""
@@ -179,11 +204,16 @@ class Part:
         _cut(self.answers_path, whole.rfind(b"\n") + 1)
         answers = self.answers()
         for name, (width, dtype) in self.columns.items():
-            _cut(self.folder / name, sum(a.num_tokens for a in answers) * width * np.dtype(dtype).itemsize)
+            _cut(
+                self.folder / name,
+                sum(a.num_tokens for a in answers) * width * np.dtype(dtype).itemsize,
+            )
         return answers
 
     def answers(self) -> list[Answer]:
         """In the order of the features; a last line still being written is left out."""
+        if not self.answers_path.exists():
+            return []
         lines = self.answers_path.read_text().split("\n")[:-1]
         return [Answer(**json.loads(line)) for line in lines]
 
@@ -197,9 +227,15 @@ class Part:
             file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
 
     def read(self, name: str) -> np.memmap:
-        """One column of features, memory-mapped: (tokens, width)."""
+        """One column of features, memory-mapped (tokens, width), less a row being written."""
         width, dtype = self.columns[name]
-        return np.memmap(self.folder / name, dtype=dtype, mode="r").reshape(-1, width)
+        path = self.folder / name
+        num_tokens = path.stat().st_size // (width * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype=dtype, mode="r", shape=(num_tokens, width))
+
+
+def _all_answers(folder: Path) -> list[Answer]:
+    return [answer for path in sorted(folder.glob("part-*")) for answer in Part(path, 0).answers()]
 
 
 def _cut(path: Path, size: int) -> None:
@@ -219,18 +255,31 @@ def _from_bits(bits: np.ndarray) -> Tensor:
 
 
 def pack(folder: Path, destination: Path, about: dict[str, object]) -> Path:
-    """Gather `folder`/part-*/answers.jsonl into `destination`/answers.parquet with a card naming hash, counts and command."""
-    answers = [answer for path in sorted(folder.glob("part-*")) for answer in Part(path, 0).answers()]
+    """Gather the answers of `folder`/part-* into `destination`/answers.parquet, with a card.
+
+    The card has their hash and counts, and what `about` says.
+    """
+    answers = _all_answers(folder)
     if not answers:
-        raise ValueError(f"no answers in {folder}; generate some first: python -m specrepro.corpus generate {folder}")
-    frame = pd.DataFrame([asdict(answer) for answer in answers]).sort_values("prompt_id", ignore_index=True)
+        raise ValueError(_no_answers(folder))
+    frame = pd.DataFrame([asdict(answer) for answer in answers]).sort_values(
+        "prompt_id", ignore_index=True
+    )
     frame["tokens"] = frame["tokens"].map(lambda tokens: np.asarray(tokens, dtype=np.uint32))
     destination.mkdir(parents=True, exist_ok=True)
     frame.to_parquet(destination / ANSWERS, compression="zstd", index=False)
     corpus = load(destination)
-    card = {"hash": corpus.hash, "num_answers": len(answers), "num_tokens": corpus.num_tokens} | about
+    card = {
+        "hash": corpus.hash,
+        "num_answers": len(answers),
+        "num_tokens": corpus.num_tokens,
+    } | about
     checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
     return destination
+
+
+def _no_answers(folder: Path) -> str:
+    return f"no answers in {folder}; generate some first: python -m specrepro.corpus {folder}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +303,9 @@ class Corpus:
 
     def first(self, num_answers: int | None) -> Corpus:
         """A fair sample: prompts are in the order of their ids' hash."""
-        ranked = sorted(self.answers, key=lambda answer: hashlib.sha256(answer.prompt_id.encode()).digest())
+        ranked = sorted(
+            self.answers, key=lambda answer: hashlib.sha256(answer.prompt_id.encode()).digest()
+        )
         return Corpus(ranked[:num_answers])
 
 
@@ -266,24 +317,33 @@ def load(folder: Path) -> Corpus:
     """The packed corpus of a folder; a ValueError names what is missing."""
     path = folder / ANSWERS
     if not path.is_file():
-        raise ValueError(f"no corpus at {folder}: {ANSWERS} is missing; make one with --from-scratch")
+        raise ValueError(
+            f"no corpus at {folder}: {ANSWERS} is missing; make one with --from-scratch"
+        )
     rows = pd.read_parquet(path).to_dict("records")
     return Corpus([Answer(**row | {"tokens": row["tokens"].tolist()}) for row in rows])
 
 
 class FeatureCache:
-    """Sequences with the target's features, read from the parts that generation or `recompute` wrote."""
+    """Sequences with the target's features, from the parts that generation or `recompute` wrote."""
 
     def __init__(self, folder: Path, hidden_size: int, max_sequences: int | None = None):
         parts = [Part(path, hidden_size) for path in sorted(folder.glob("part-*"))]
+        parts = [part for part in parts if part.answers()]
+        if not parts:
+            raise ValueError(_no_answers(folder))
         self._places: list[tuple[Part, int, Answer]] = []
         for part in parts:
             answers = part.answers()
             starts = np.cumsum([0] + [answer.num_tokens for answer in answers])
-            self._places += [(part, int(start), answer) for start, answer in zip(starts, answers, strict=False)]
+            self._places += [
+                (part, int(start), answer) for start, answer in zip(starts, answers, strict=False)
+            ]
         self._places.sort(key=lambda place: hashlib.sha256(place[2].prompt_id.encode()).digest())
         self._places = self._places[:max_sequences]
-        self._columns = {(part.folder, name): part.read(name) for part in parts for name in part.columns}
+        self._columns = {
+            (part.folder, name): part.read(name) for part in parts for name in part.columns
+        }
 
     def __len__(self) -> int:
         return len(self._places)
@@ -301,31 +361,59 @@ class FeatureCache:
         return Corpus(sorted(self.answers, key=lambda answer: answer.prompt_id)).hash
 
     def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> tuple[Tensor, ...]:
-        """Sequences `ids`, padded: tokens, is_answer, choices (b, n), taps (b, n, 3H), hidden (b, n, H)."""
+        """Sequences `ids`, padded: tokens, is_answer, choices (b, n), taps (b, n, 3H), hidden (b,
+        n, H).
+        """
         parts = [self._one(*self._places[i], prompt_ids) for i in ids]
-        return tuple(torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*parts, strict=True))
+        return tuple(
+            torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
+            for column in zip(*parts, strict=True)
+        )
 
-    def _one(self, part: Part, start: int, answer: Answer, prompt_ids: dict[str, list[int]]) -> tuple[Tensor, ...]:
+    def _one(
+        self, part: Part, start: int, answer: Answer, prompt_ids: dict[str, list[int]]
+    ) -> tuple[Tensor, ...]:
         place = slice(start, start + answer.num_tokens)
-        taps, hidden, choices = (self._columns[part.folder, name][place] for name in ("taps", "hidden", "choices"))
+        taps, hidden, choices = (
+            self._columns[part.folder, name][place] for name in ("taps", "hidden", "choices")
+        )
         prompt = prompt_ids[answer.prompt_id]
-        assert len(prompt) == answer.prompt_tokens, f"{answer.prompt_id} was answered under another chat template"
         tokens = torch.tensor(prompt + answer.tokens)
         is_answer = torch.arange(len(tokens)) >= len(prompt)
-        return tokens, is_answer, torch.from_numpy(choices[:, 0].astype(np.int64)), _from_bits(taps), _from_bits(hidden)
+        choices = torch.from_numpy(choices[:, 0].astype(np.int64))
+        return tokens, is_answer, choices, _from_bits(taps), _from_bits(hidden)
 
 
 def prompt_ids(tokenizer: object, answers: Sequence[Answer]) -> dict[str, list[int]]:
-    """Token ids of each answer's prompt, rebuilt from the prompt's id."""
+    """Token ids of each answer's prompt, rebuilt from the prompt's id.
+
+    Raises ValueError for a prompt that is not there or whose length shows that it was answered
+    under another template.
+    """
     questions = {question.id: question for question in prompts.training_prompts()}
     if unknown := [answer.prompt_id for answer in answers if answer.prompt_id not in questions]:
-        raise ValueError(f"the corpus answers prompt {unknown[0]!r}, which is not among the training prompts")
-    return {answer.prompt_id: prompts.encode(tokenizer, questions[answer.prompt_id]) for answer in answers}
+        raise ValueError(
+            f"the corpus answers prompt {unknown[0]!r}, which is not among the training prompts"
+        )
+    ids = {
+        answer.prompt_id: prompts.encode(tokenizer, questions[answer.prompt_id])
+        for answer in answers
+    }
+    for answer in answers:
+        if len(ids[answer.prompt_id]) != answer.prompt_tokens:
+            raise ValueError(
+                f"prompt {answer.prompt_id!r} had {answer.prompt_tokens} tokens when it was"
+                f" answered and has {len(ids[answer.prompt_id])} now: another chat template;"
+                " answer the prompts again under this one"
+            )
+    return ids
 
 
 @torch.inference_mode()
-def recompute(target: Target, answers: Sequence[Answer], folder: Path, batch_tokens: int = 8192) -> Path:
-    """Run the target over packed answers whose features are not on this machine; goes on where it stopped."""
+def recompute(
+    target: Target, answers: Sequence[Answer], folder: Path, batch_tokens: int = 8192
+) -> Path:
+    """Run the target over answers whose features are not here; goes on where it stopped."""
     part = Part(folder / "part-0", target.hidden_size)
     done = {answer.prompt_id for answer in part.reopen()}
     _check_room(folder, sum(answer.num_tokens for answer in answers) * (8 * target.hidden_size + 4))
@@ -334,9 +422,14 @@ def recompute(target: Target, answers: Sequence[Answer], folder: Path, batch_tok
     groups = _groups([answer.num_tokens for answer in waiting], batch_tokens)
     for group in tqdm(groups, desc="target features", unit="batch"):
         chosen = [waiting[place] for place in group]
-        tokens, lengths = pad([ids[answer.prompt_id] + answer.tokens for answer in chosen], target.device)
+        tokens, lengths = pad(
+            [ids[answer.prompt_id] + answer.tokens for answer in chosen], target.device
+        )
         taps, hidden = target.features(tokens)
-        part.append(chosen, [_one_of(target, taps[i, :n], hidden[i, :n]) for i, n in enumerate(lengths.tolist())])
+        part.append(
+            chosen,
+            [_one_of(target, taps[i, :n], hidden[i, :n]) for i, n in enumerate(lengths.tolist())],
+        )
     return folder
 
 
@@ -344,8 +437,10 @@ def _one_of(target: Target, taps: Tensor, hidden: Tensor) -> Features:
     return Features(taps, hidden, most_probable(target.logits(hidden)))
 
 
-def shuffled_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of like length holding at most `batch_tokens` padded tokens, in an order drawn from seed and epoch."""
+def shuffled_batches(
+    lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Batches of like length, at most `batch_tokens` padded tokens; seed and epoch order them."""
     rng = np.random.default_rng((seed, epoch))
     jittered = np.asarray(lengths) * rng.uniform(0.9, 1.1, len(lengths))
     order = np.argsort(jittered)
@@ -357,10 +452,13 @@ def shuffled_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch
 
 def num_batches(answers: Sequence[Answer], batch_tokens: int, epochs: float) -> int:
     """How many batches so many epochs take."""
-    return round(epochs * len(shuffled_batches([answer.num_tokens for answer in answers], batch_tokens, 0, 0)))
+    lengths = [answer.num_tokens for answer in answers]
+    return round(epochs * len(shuffled_batches(lengths, batch_tokens, 0, 0)))
 
 
-def batch_order(answers: Sequence[Answer], batch_tokens: int, seed: int, num_batches: int) -> list[list[int]]:
+def batch_order(
+    answers: Sequence[Answer], batch_tokens: int, seed: int, num_batches: int
+) -> list[list[int]]:
     """The first `num_batches` batches of as many epochs as they take."""
     lengths = [answer.num_tokens for answer in answers]
     batches: list[list[int]] = []
@@ -371,7 +469,7 @@ def batch_order(answers: Sequence[Answer], batch_tokens: int, seed: int, num_bat
 
 
 def _groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Consecutive places whose padded size stays within `batch_tokens`; one at least in each group."""
+    """Consecutive places whose padded size stays within `batch_tokens`; at least one a group."""
     groups: list[list[int]] = [[]]
     longest = 0
     for place, length in enumerate(lengths):
@@ -380,14 +478,15 @@ def _groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
             groups.append([])
             longest = length
         groups[-1].append(place)
-    return groups
+    return groups if lengths else []
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()):
         raise OSError(
-            f"the features of this corpus take {num_bytes / 1e9:.1f} GB but {folder} has {free / 1e9:.1f} GB free;"
+            f"the features of this corpus take {num_bytes / 1e9:.1f} GB"
+            f" but {folder} has {free / 1e9:.1f} GB free;"
             " set SPECREPRO_CACHE to a larger disk"
         )
 
@@ -395,7 +494,9 @@ def _check_room(folder: Path, num_bytes: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.corpus`: generate answers, one process of several."""
     parser = argparse.ArgumentParser(prog="python -m specrepro.corpus", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where part-<rank> goes; a second call goes on there")
+    parser.add_argument(
+        "folder", type=Path, help="where part-<rank> goes; a second call goes on there"
+    )
     parser.add_argument("--target", default="smollm2", help="smollm2, a Hub id or a folder")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--num-ranks", type=int, default=1)
@@ -404,9 +505,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(max(1, torch.get_num_threads() // options.num_ranks))
     generate(
-        target_model.load(options.target), list(prompts.training_prompts()), options.folder,
-        max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, rank=options.rank, num_ranks=options.num_ranks,
-    )  # fmt: skip
+        target_model.load(options.target),
+        list(prompts.training_prompts()),
+        options.folder,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        rank=options.rank,
+        num_ranks=options.num_ranks,
+    )
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Sampling:
     top_k: int = 0  # candidates kept; 0 keeps all
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or positive"
             )

@@ -1,8 +1,8 @@
-"""The loop that every trained drafter shares: optimiser, schedule, checkpoint, resume, several processes.
+"""The loop that every trained drafter shares: schedule, checkpoint, resume, several processes.
 
-A drafter brings its module, a loss over a batch and its batches; the loop brings the rest. A run is a function of its
-seed: stopped and resumed, it ends in the same state as a run that was never stopped. Under `torchrun` every process
-takes its share of each batch and gradients are averaged.
+A drafter brings its module, a loss over a batch and its batches; the loop brings the rest. A run is
+a function of its seed: stopped and resumed, it ends in the same state as a run that was never
+stopped. Under `torchrun` every process takes its share of each batch and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from specrepro import checkpoints
 
-STATE, LOG = "training_state.safetensors", "log.jsonl"
+STATE, BEST, LOG = "training_state.safetensors", "best.safetensors", "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +63,51 @@ def train(
     resume: bool = False,
     identity: dict[str, object] | None = None,
 ) -> nn.Module:
-    """Train `module` for `config.total_steps`; keep the state with the highest `score` in `folder`/best.safetensors.
+    """Train `module` for `config.total_steps`, and return it in the state of the highest `score`.
 
-    `score` measures the drafter as it will be used (tau on held-out prompts), since the loss goes on falling after tau
-    has peaked. `identity` says what else the run depends on (corpus hash, sizes): a resumed run must have the same.
+    Without `resume` an earlier run's state and log in `folder` are removed first. `score` measures
+    the drafter as it will be used (tau on held-out prompts), since the loss goes on falling after
+    tau has peaked. `identity` says what else the run depends on (corpus hash, sizes): a resumed run
+    must have the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(module, config, folder, dict(identity or {}) | {"loop": json.loads(json.dumps(asdict(config)))})
+    run = _Run(module, config, folder, dict(identity or {}) | {"loop": asdict(config)})
     first_step = run.restore() if resume else 0
+    if first_step == 0:
+        run.clear()
     run.write_identity()
-    bar = tqdm(range(first_step, config.total_steps), initial=first_step, total=config.total_steps, desc=folder.name)
+    bar = tqdm(
+        range(first_step, config.total_steps),
+        initial=first_step,
+        total=config.total_steps,
+        desc=folder.name,
+    )
     for step in bar:
         metrics = _step(module, run.optimizer, batch_at(step), loss_of, config, step)
         run.log(step, metrics)
         bar.set_postfix({name: round(value, 3) for name, value in metrics.items()}, refresh=False)
         run.finish_step(step, score)
+    wait_for_all()
     run.restore_best()
     return module
 
 
 def _step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, batch: object, loss_of: Loss, config: LoopConfig, step: int
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: object,
+    loss_of: Loss,
+    config: LoopConfig,
+    step: int,
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     loss, metrics = loss_of(batch)
     loss.backward()
     average_gradients(module)
-    norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], config.clip)
+    norm = nn.utils.clip_grad_norm_(
+        [p for p in module.parameters() if p.requires_grad], config.clip
+    )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss.item(), "gradient_norm": norm.item()} | metrics
@@ -121,6 +138,12 @@ def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def wait_for_all() -> None:
+    """Return when every process has come this far."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def best_score(folder: Path) -> float:
     """The highest score that a run's log holds."""
     lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
@@ -130,20 +153,22 @@ def best_score(folder: Path) -> float:
 class _SoftCrossEntropy(torch.autograd.Function):
     """`soft_cross_entropy` without ever holding all logits.
 
-    Rows are taken in chunks that stay in the processor's cache; the gradient is formed while the logits are there.
+    Rows are taken in chunks that stay in the processor's cache; the gradient is formed while the
+    logits are there.
     """
 
     CHUNK = 256
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """states (M, H), weight (V, H), teacher logits (any, V), which of them belong to the states (M,).
-
-        Returns the loss and the top-1 agreement with the teacher (M,).
-        """
+    def forward(
+        ctx, states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, and agreement (M,), as in `soft_cross_entropy`, with the gradients kept."""
         narrow = weight.to(teacher.dtype)
-        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=torch.float32)
-        loss, agrees = states.new_zeros((), dtype=torch.float32), torch.empty(len(states), device=states.device)
+        grad_states = torch.empty_like(states)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        loss = states.new_zeros((), dtype=torch.float32)
+        agrees = torch.empty(len(states), device=states.device)
         for start in range(0, len(states), _SoftCrossEntropy.CHUNK):
             part = slice(start, start + _SoftCrossEntropy.CHUNK)
             chunk = states[part].to(narrow.dtype)
@@ -162,32 +187,60 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_states, grad_weight = ctx.saved_tensors
-        return grad_states * grad.to(grad_states.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
+        for_states = grad_states * grad.to(grad_states.dtype)
+        return for_states, (grad_weight * grad).to(ctx.weight_dtype), None, None
 
 
-def soft_cross_entropy(states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of -sum_v p(v) log q(v), q from `states` (M, H) by a head (V, H), p from `teacher` logits (any, V).
+def soft_cross_entropy(
+    states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of -sum_v p(v) log q(v), and the top-1 agreement of each row (M,).
 
-    `rows` (M,) says which teacher row belongs to each state. Also the top-1 agreement of each row (M,).
+    q comes from `states` (M, H) by a head `weight` (V, H), p from `teacher` logits (any, V); `rows`
+    (M,) says which teacher row belongs to each state.
     """
     return _SoftCrossEntropy.apply(states, weight, teacher, rows)
+
+
+def _differences(then: object, now: object, name: str = "") -> str:
+    """Where two identities differ, each place by its dotted name."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return "" if then == now else f"{name} was {then!r} and is {now!r}"
+    keys = sorted(then.keys() | now.keys())
+    found = (_differences(then.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+    return "; ".join(filter(None, found))
 
 
 class _Run:
     """What a training run leaves in its folder."""
 
-    def __init__(self, module: nn.Module, config: LoopConfig, folder: Path, identity: dict[str, object]):
-        self.module, self.config, self.folder, self.identity = module, config, folder, identity
+    def __init__(
+        self, module: nn.Module, config: LoopConfig, folder: Path, identity: dict[str, object]
+    ):
+        self.module, self.config, self.folder = module, config, folder
+        self.identity = json.loads(json.dumps(identity))  # as it will read when it comes back
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
+            parameters,
+            config.learning_rate,
+            config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.best, self.saved_at = -math.inf, time.monotonic()
         self.is_first = is_first_process()
 
+    def clear(self) -> None:
+        """Remove what another run left here: nothing of it is to be resumed or restored."""
+        if self.is_first:
+            for name in (STATE, BEST, LOG):
+                (self.folder / name).unlink(missing_ok=True)
+
     def write_identity(self) -> None:
         if self.is_first:
-            checkpoints.write_text(self.folder / "identity.json", json.dumps(self.identity, indent=2) + "\n")
+            checkpoints.write_text(
+                self.folder / "identity.json", json.dumps(self.identity, indent=2) + "\n"
+            )
 
     def restore(self) -> int:
         """Load the saved state and return the step to go on with; 0 where there is none."""
@@ -195,9 +248,10 @@ class _Run:
         if not path.is_file():
             return 0
         saved = json.loads((self.folder / "identity.json").read_text())
-        if changed := {k for k in saved.keys() | self.identity.keys() if saved.get(k) != self.identity.get(k)}:
-            differences = "; ".join(f"{k}: {saved.get(k)} then, {self.identity.get(k)} now" for k in sorted(changed))
-            raise ValueError(f"cannot resume {self.folder}: {differences}. Drop --resume or restore the setting")
+        if differences := _differences(saved, self.identity):
+            raise ValueError(
+                f"cannot resume {self.folder}: {differences}. Drop --resume or restore the setting"
+            )
         tensors = checkpoints.load_tensors(path)
         self.best = tensors.pop("best").item()
         step = int(tensors.pop("step"))
@@ -208,11 +262,14 @@ class _Run:
     def _cut_log(self, step: int) -> None:
         path = self.folder / LOG
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            lines = [line for line in whole if json.loads(line)["step"] < step]
             checkpoints.write_text(path, "".join(line + "\n" for line in lines))
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"module.{name}": p for name, p in self.module.named_parameters() if p.requires_grad}
+        tensors = {
+            f"module.{name}": p for name, p in self.module.named_parameters() if p.requires_grad
+        }
         for name, p in self.module.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -225,7 +282,9 @@ class _Run:
                     p.copy_(tensors[f"module.{name}"])
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 if f"optimizer.step.{name}" in tensors:
-                    self.optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+                    self.optimizer.state[p] = {
+                        key: tensors[f"optimizer.{key}.{name}"] for key in keys
+                    }
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self.is_first:
@@ -238,11 +297,16 @@ class _Run:
         every = self.config.evaluate_every
         if score is not None and self.is_first and (is_last or (every and (step + 1) % every == 0)):
             self._keep_if_best(step, score)
-        if self.is_first and (is_last or time.monotonic() - self.saved_at > self.config.save_seconds):
+        if self.is_first and (
+            is_last or time.monotonic() - self.saved_at > self.config.save_seconds
+        ):
             self.save(step + 1)
 
     def save(self, next_step: int) -> None:
-        scalars = {"step": torch.tensor(next_step), "best": torch.tensor(self.best, dtype=torch.float64)}
+        scalars = {
+            "step": torch.tensor(next_step),
+            "best": torch.tensor(self.best, dtype=torch.float64),
+        }
         checkpoints.save_tensors(self.folder / STATE, self._tensors() | scalars)
         self.saved_at = time.monotonic()
 
@@ -251,10 +315,10 @@ class _Run:
         self.log(step, {"score": value})
         if value > self.best:
             self.best = value
-            checkpoints.save_tensors(self.folder / "best.safetensors", dict(self.module.named_parameters()))
+            checkpoints.save_tensors(self.folder / BEST, dict(self.module.named_parameters()))
 
     def restore_best(self) -> None:
-        path = self.folder / "best.safetensors"
+        path = self.folder / BEST
         if path.is_file():
             best = checkpoints.load_tensors(path)
             with torch.no_grad():

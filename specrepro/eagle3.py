@@ -1,13 +1,15 @@
-"""EAGLE-3: a one-layer draft head on fused target features, trained by testing itself (arXiv:2503.01840).
+"""EAGLE-3: a one-layer draft head on fused target features, trained by testing itself.
 
-Reproduced: the head (section 3.1), training-time test (3.2), dynamic draft trees (EAGLE-2's, appendix A), Table 1's
-measures at temperature 0 and 1, acceptance by depth.
+arXiv:2503.01840.
+
+Reproduced: the head (section 3.1), training-time test (3.2), dynamic draft trees (EAGLE-2's,
+appendix A), Table 1's measures at temperature 0 and 1, acceptance by depth.
 Not reproduced here: the paper's targets and GPUs at any tier below `paper`; serving tables 3 to 5.
 Departs from the paper:
-- no second linear layer 2H -> H before the decoder layer: no released checkpoint has it, q, k and v absorb it;
-- the loss mask is aligned with the row that decoding starts from (`reference_mask=True` restores the released trainer's);
-- the embedded default starts `lm_head` and `norm` from the target's own, since its training budget is small
-  (`lm_head_init="random"` restores the paper's).
+- no second linear layer 2H -> H before the decoder layer: no released checkpoint has it, q, k and v
+  absorb it;
+- the loss mask is aligned with the row that decoding starts from (`reference_mask=True` restores
+  the released trainer's).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -38,8 +40,8 @@ from specrepro.tree_verify import Verdict, attention_mask, packed_attention, pre
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "eagle3"
 OVERRIDES = Path(__file__).parent / "embedded.yaml"
 RELEASED_FIELDS = {  # what the released config.json says of every head
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu",
-    "tie_word_embeddings": False,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
+    "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -61,7 +63,7 @@ class HeadConfig:
 
 @dataclass(frozen=True, slots=True)
 class TreeConfig:
-    """Dynamic draft trees (appendix A: EAGLE-3 drafts eight levels deep; 60 nodes for the 8B target)."""
+    """Dynamic draft trees (appendix A: eight levels deep, 60 nodes for the 8B target)."""
 
     depth: int = 7  # expansions after the first level, so 8 levels
     top_k: int = 10  # nodes expanded per level and children kept per node
@@ -69,16 +71,18 @@ class TreeConfig:
 
     def __post_init__(self) -> None:
         if self.depth < 0 or self.top_k < 1 or self.total_tokens < 2:
-            raise ValueError(f"a draft tree needs depth >= 0, top_k >= 1 and total_tokens >= 2, not {self}")
+            raise ValueError(
+                f"a draft tree needs depth >= 0, top_k >= 1 and total_tokens >= 2, not {self}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """Training-time test (section 3.2; values the paper does not state are the released trainer's)."""
+    """Training-time test (section 3.2; what the paper does not state is the released trainer's)."""
 
     steps: int = 5  # unrolled steps (section 4, implementation)
     step_decay: float = 0.8  # weight of step j is 0.8 ** j (released trainer)
-    reference_mask: bool = False  # the released trainer's loss mask, which misses the first assistant row
+    reference_mask: bool = False  # the released trainer's, which misses the first answer row
     lm_head_init: str = "random"  # or "target": start from the target's own head
 
 
@@ -93,10 +97,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def supervised_rows(is_answer: Tensor, step: int, reference_mask: bool = False) -> Tensor:
-    """(b, n) bool: rows whose prediction at this step is trained, from the answer tokens `is_answer` (b, n).
+    """(b, n) bool: rows trained at this step, from the answer tokens `is_answer` (b, n).
 
-    Row i at step j reads token i+1+j and predicts token i+2+j: both must lie in the answer. The reference mask asks it
-    of token i+j instead, so it misses the row that decoding starts from and trains one that points past the end.
+    Row i at step j reads token i+1+j and predicts token i+2+j: both must lie in the answer. The
+    reference mask asks it of token i+j instead, so it misses the row that decoding starts from and
+    trains one that points past the end.
     """
     if reference_mask:
         return shift_left(is_answer, step)
@@ -119,9 +124,10 @@ def test_time_attention(
     own_v: Sequence[Tensor],
     rows: Tensor,  # (b, m)  which of the n rows the m are
 ) -> Tensor:
-    """Attention of training-time test (Fig. 6): step-0 keys up to the row itself, then its own key of each later step.
+    """Attention of training-time test (Fig. 6): step-0 keys up to the row, its own of later steps.
 
-    The causal block never shrinks with the step, and nothing else is visible: what a decode-time chain from row i sees.
+    The causal block never shrinks with the step, and nothing else is visible: what a decode-time
+    chain from row i sees.
     """
     b, m, Hq, D = q.shape
     n, Hkv = first_k.shape[1], first_k.shape[2]
@@ -141,7 +147,10 @@ def test_time_attention(
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in float32; unlike torch's own it takes a bfloat16 input with a float32 weight."""
+    """Root mean square norm in float32.
+
+    Unlike torch's own it takes a bfloat16 input with a float32 weight.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -195,7 +204,9 @@ class DraftLayer(nn.Module):
         return torch.cat([self.input_layernorm(embeddings), self.hidden_norm(features)], -1)
 
     def finish(self, features: Tensor, attended: Tensor) -> Tensor:
-        """Close the layer from attention output (..., Hq * D); the residual is the feature before its norm."""
+        """Close the layer from attention output (..., Hq * D); the residual is the un-normed
+        feature.
+        """
         y = features + self.self_attn.o_proj(attended)
         return y + self.mlp(self.post_attention_layernorm(y))
 
@@ -219,7 +230,7 @@ class DraftHead(nn.Module):
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
 
     def set_vocabulary(self, token_ids: Tensor) -> None:
-        """Draft over the target tokens `token_ids` (draft_vocab_size,), ascending; `d2t` holds offsets."""
+        """Draft over the tokens `token_ids` (draft_vocab_size,), ascending; `d2t` holds offsets."""
         assert len(token_ids) == self.config.draft_vocab_size, "one target token per draft token"
         self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=token_ids.device))
         self.t2d.zero_()[token_ids] = True
@@ -235,7 +246,7 @@ class DraftHead(nn.Module):
         return rotate(q, *self.rotary(positions))
 
     def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (..., Hkv, D) of mixed inputs x (..., 2H) at `positions` (...)."""
+        """Rotated keys, and values, (..., Hkv, D) of inputs x (..., 2H) at `positions` (...)."""
         attention, D = self.midlayer.self_attn, self.config.head_dim
         k = attention.k_proj(x).unflatten(-1, (-1, D))
         return rotate(k, *self.rotary(positions)), attention.v_proj(x).unflatten(-1, (-1, D))
@@ -243,7 +254,9 @@ class DraftHead(nn.Module):
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (..., D / 2) of `positions` (...)."""
         D = self.config.head_dim
-        frequencies = self.config.rope_theta ** (-torch.arange(0, D, 2, device=positions.device) / D)
+        frequencies = self.config.rope_theta ** (
+            -torch.arange(0, D, 2, device=positions.device) / D
+        )
         angles = positions[..., None].float() * frequencies
         return angles.cos(), angles.sin()
 
@@ -257,13 +270,14 @@ def head_config(target: Target, draft_vocab_size: int) -> HeadConfig:
     c = target.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return HeadConfig(
-        c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, head_dim, target.vocab_size,
-        min(draft_vocab_size, target.vocab_size), rms_norm_eps=getattr(c, "rms_norm_eps", 1e-5),
+        c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, head_dim,
+        target.vocab_size, min(draft_vocab_size, target.vocab_size),
+        rms_norm_eps=getattr(c, "rms_norm_eps", 1e-5),
     )  # fmt: skip
 
 
 def most_frequent_tokens(tokens: Tensor, vocab_size: int, draft_vocab_size: int) -> Tensor:
-    """The `draft_vocab_size` most frequent of the supervised `tokens`, as ascending ids; unused low ids fill up."""
+    """Ascending ids of the most frequent of the supervised `tokens`; unused low ids fill up."""
     counts = torch.bincount(tokens.flatten(), minlength=vocab_size)
     return counts.sort(descending=True, stable=True).indices[:draft_vocab_size].sort().values
 
@@ -281,14 +295,18 @@ class Batch:
     taps: Tensor  # (b, n, 3H)
     hidden: Tensor  # (b, n, H) final state
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On another device, features in another floating type."""
+        tensors = (getattr(self, field.name).to(device) for field in fields(self))
+        return Batch(*(t.to(dtype) if t.is_floating_point() else t for t in tensors))
 
 
 class TrainingTimeTest:
-    """The loss of section 3.2: unroll the head on its own features and score every step against the target."""
+    """The loss of section 3.2: unroll the head on its own features, score every step."""
 
-    def __init__(self, head: DraftHead, embedding: Tensor, target_head: Tensor, config: TrainingConfig):
+    def __init__(
+        self, head: DraftHead, embedding: Tensor, target_head: Tensor, config: TrainingConfig
+    ):
         self.head, self.embedding, self.config = head, embedding, config
         ids = head.draft_token_ids()
         self.teacher_weight = target_head[ids].to(embedding.dtype)  # (Vd, H)
@@ -296,8 +314,13 @@ class TrainingTimeTest:
         self.is_drafted[ids] = True
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Sum over steps j of decay ** j times the mean over all rows, masked ones included, of the step's loss."""
-        masks = [supervised_rows(batch.is_answer, j, self.config.reference_mask) for j in range(self.config.steps)]
+        """Sum over steps of decay ** step times its loss, a mean over all rows, masked ones
+        included.
+        """
+        masks = [
+            supervised_rows(batch.is_answer, j, self.config.reference_mask)
+            for j in range(self.config.steps)
+        ]
         trained = torch.stack(masks).any(0)
         rows, is_row = rows_of_mask(trained)
         teacher, place = self._teacher(batch)
@@ -308,19 +331,25 @@ class TrainingTimeTest:
             seen = (rows + 1 + step).clamp_max(batch.tokens.shape[1] - 1)
             is_scored &= self.is_drafted[batch.choices.gather(1, seen)]
             states = self.head.norm(features[is_scored])
-            loss, agrees = soft_cross_entropy(states, self.head.lm_head.weight, teacher, place.gather(1, seen)[is_scored])
+            loss, agrees = soft_cross_entropy(
+                states, self.head.lm_head.weight, teacher, place.gather(1, seen)[is_scored]
+            )
             total = total + self.config.step_decay**step * loss / batch.tokens.numel()
-            agreement.append(torch.zeros_like(rows, dtype=torch.float).masked_scatter(is_scored, agrees))
+            agreement.append(
+                torch.zeros_like(rows, dtype=torch.float).masked_scatter(is_scored, agrees)
+            )
         return total, _describe(agreement, masks[0].gather(1, rows) & is_row)
 
     def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Target logits over the draft vocabulary at every answer position (M, Vd), and where each position's are (b, n)."""
-        is_read = batch.is_answer | shift_left(batch.is_answer, 1)
+        """Target logits (M, Vd) at every answer position, and where each position's are (b, n)."""
+        is_read = batch.is_answer.clone()
+        if self.config.reference_mask:  # which reads one position past the answer
+            is_read[:, 1:] |= batch.is_answer[:, :-1]
         place = (is_read.flatten().cumsum(0) - 1).clamp_min(0).view_as(is_read)
         return batch.hidden[is_read].to(self.teacher_weight.dtype) @ self.teacher_weight.T, place
 
     def _unroll(self, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
-        """Features (b, m, H) of the trained rows after step 0, 1, ...; the words are the data's, the features the head's own."""
+        """Features (b, m, H) of the trained rows by step; the words are the data's."""
         head, layer = self.head, self.head.midlayer
         features = head.fc(batch.taps)
         following = F.embedding(shift_left(batch.tokens, 1), self.embedding)
@@ -336,13 +365,15 @@ class TrainingTimeTest:
                 x = layer.mixed_input(F.embedding(words, self.embedding), features)
                 k, v = head.keys_values(x, positions)
                 own_k.append(k), own_v.append(v)
-            attended = test_time_attention(head.queries(x, positions), first_k, first_v, own_k, own_v, rows)
+            attended = test_time_attention(
+                head.queries(x, positions), first_k, first_v, own_k, own_v, rows
+            )
             features = layer.finish(features, attended.flatten(2))
             yield features
 
 
 def rows_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (b, m) of the True columns of each row of `mask` (b, n), padded with its first column, and which are real."""
+    """Columns (b, m) where each row of `mask` (b, n) is True, padded with 0, and which are real."""
     counts = mask.sum(1)
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : max(int(counts.max()), 1)]
     is_real = torch.arange(order.shape[1], device=mask.device) < counts[:, None]
@@ -350,7 +381,7 @@ def rows_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _describe(agreement: list[Tensor], is_start: Tensor) -> dict[str, float]:
-    """Per-step top-1 agreement, and the tau that a greedy chain would have had from the rows decoding starts from."""
+    """Top-1 agreement by step and the tau of a greedy chain, over rows decoding starts from."""
     chain = torch.stack(agreement).cumprod(0)[:, is_start].mean(1)
     names = [f"agreement_{step}" for step in range(len(agreement))]
     means = [agrees[is_start].mean().item() for agrees in agreement]
@@ -361,7 +392,7 @@ def _describe(agreement: list[Tensor], is_start: Tensor) -> dict[str, float]:
 
 
 class Drafter:
-    """Grows a draft tree level by level and keeps its most probable nodes (EAGLE-2's expansion and re-ranking)."""
+    """Grows a draft tree level by level and keeps its most probable nodes, as EAGLE-2 does."""
 
     def __init__(self, head: DraftHead, target: Target, tree: TreeConfig | None = None):
         check_fits(head.config, target)
@@ -372,7 +403,7 @@ class Drafter:
 
     @classmethod
     def load(cls, folder: Path | str, target: Target, tree: TreeConfig | None = None) -> Drafter:
-        """The drafter of a checkpoint folder, with the checkpoint's own tree unless another is given."""
+        """The drafter of a checkpoint folder, with its own tree unless another is given."""
         head, own_tree = load_head(folder)
         return cls(head, target, tree or own_tree)
 
@@ -381,23 +412,28 @@ class Drafter:
         return self.tree.total_tokens
 
     def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
-        """Row i pairs the taps of token i with the token after it; the last prompt token's partner is the root."""
+        """Row i pairs the taps of token i with the token after it, the last prompt token with the
+        root.
+        """
         B, n = prompts.shape
         following = torch.cat([prompts[:, 1:], roots[:, None]], 1)
         following[torch.arange(B, device=roots.device), lengths - 1] = roots
         self.roots, self.pending = roots, (following, scores.taps, lengths)
-        self.lengths = torch.zeros_like(lengths)  # rows in the draft cache, all from target features
+        self.lengths = torch.zeros_like(
+            lengths
+        )  # rows in the draft cache, all from target features
         self.cache = self._new_cache(B, n + 64)
 
     def observe(self, verdict: Verdict, scores: Scores) -> None:
-        """Queue the verified features; drafted rows are forgotten, since they came from the head's own features."""
+        """Queue the verified features; drafted rows, made from the head's own, are forgotten."""
         rows = torch.arange(len(verdict.path), device=verdict.path.device)[:, None]
         verified = scores.taps[rows, verdict.path.clamp_min(0)]
         self.roots = verdict.bonus
         self.pending = (verdict.tokens.clamp_min(0), verified, verdict.num_accepted + 1)
 
     def select(self, rows: Tensor) -> None:
-        self.roots, self.lengths, self.cache = self.roots[rows], self.lengths[rows], self.cache[:, rows]
+        self.roots, self.lengths = self.roots[rows], self.lengths[rows]
+        self.cache = self.cache[:, rows]
         self.pending = tuple(part[rows] for part in self.pending)
 
     @torch.inference_mode()
@@ -406,7 +442,7 @@ class Drafter:
         return self._grow(last)
 
     def _extend(self) -> Tensor:
-        """Run the pending rows through the head, keep their keys, and return the last row's feature (B, H)."""
+        """Run the pending rows through the head, keep their keys; the last row's feature (B, H)."""
         tokens, taps, counts = self.pending
         rows = torch.arange(len(tokens), device=tokens.device)
         chain = DraftTree.chain(tokens, counts)
@@ -423,7 +459,13 @@ class Drafter:
         B, k = len(last), self.tree.top_k
         self._reserve(self.tree.depth * k)
         log_probs, tokens = self._children(last[:, None])
-        pool = [(self.roots[:, None], torch.full_like(self.roots[:, None], ROOT), torch.zeros_like(log_probs[:, 0, :1]))]
+        pool = [
+            (
+                self.roots[:, None],
+                torch.full_like(self.roots[:, None], ROOT),
+                torch.zeros_like(log_probs[:, 0, :1]),
+            )
+        ]
         scores, features = log_probs[:, 0], last[:, None].expand(-1, k, -1)
         frontier_tokens, parents = tokens[:, 0], torch.zeros_like(tokens[:, 0])
         pool.append((frontier_tokens, parents, scores))
@@ -438,28 +480,38 @@ class Drafter:
             cumulative = (scores[:, :, None] + log_probs).flatten(1)
             pool.append((tokens.flatten(1), frontier_ids.repeat_interleave(k, 1), cumulative))
             scores, best = cumulative.topk(k, 1)
-            frontier_tokens, frontier_ids, came_from = tokens.flatten(1).gather(1, best), best + num_pool, best // k
+            frontier_tokens, frontier_ids, came_from = (
+                tokens.flatten(1).gather(1, best),
+                best + num_pool,
+                best // k,
+            )
             features = features.gather(1, came_from[:, :, None].expand(-1, -1, features.shape[-1]))
-            ancestors = ancestors.gather(1, came_from[:, :, None].expand(-1, -1, ancestors.shape[-1]))
+            ancestors = ancestors.gather(
+                1, came_from[:, :, None].expand(-1, -1, ancestors.shape[-1])
+            )
             num_pool += k * k
         tokens, parents, scores = (torch.cat(parts, 1) for parts in zip(*pool, strict=True))
         return keep_best(tokens, parents, scores, self.tree.total_tokens)[0]
 
     def _expand(self, tokens: Tensor, features: Tensor, ancestors: Tensor, level: int) -> Tensor:
-        """One more level: the frontier's own features (B, k, H), their keys stored behind the earlier levels'."""
+        """One more level: the frontier's features (B, k, H); keys go behind the earlier levels'."""
         k = tokens.shape[1]
         positions = (self.lengths + level)[:, None].expand(-1, k)
         mask = prefix_mask(ancestors, self.lengths, int(self.lengths.max()) + ancestors.shape[-1])
         return self._layer(tokens, features, positions, self.lengths + level * k, mask)
 
-    def _layer(self, tokens: Tensor, features: Tensor, positions: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    def _layer(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, start: Tensor, mask: Tensor
+    ) -> Tensor:
         x = self.head.midlayer.mixed_input(F.embedding(tokens, self.embedding), features)
         store_tree(*self.head.keys_values(x, positions), *self.cache, start)
-        attended = packed_attention(self.head.queries(x, positions), *self.cache[:, :, : mask.shape[-1]], mask)
+        attended = packed_attention(
+            self.head.queries(x, positions), *self.cache[:, :, : mask.shape[-1]], mask
+        )
         return self.head.midlayer.finish(features, attended.flatten(2))
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Log probabilities and target ids (B, n, top_k) of each node's best children, at temperature 1."""
+        """Log probabilities at temperature 1 and target ids (B, n, top_k) of the best children."""
         log_probs = self.head.logits(features).float().log_softmax(-1)
         best = log_probs.topk(self.tree.top_k, -1)
         return best.values, self.token_ids[best.indices]
@@ -486,7 +538,8 @@ def check_fits(config: HeadConfig, target: Target) -> None:
     ):
         if own != needed:
             raise ValueError(
-                f"this draft head was made for a target with {name} {own}, but {target.name} has {needed};"
+                f"this draft head was made for a target with {name} {own},"
+                f" but {target.name} has {needed};"
                 " train a head for this target or name the target it belongs to"
             )
 
@@ -495,28 +548,32 @@ def check_fits(config: HeadConfig, target: Target) -> None:
 
 
 def save_head(head: DraftHead, folder: Path | str, tree: TreeConfig | None = None) -> Path:
-    """Write the head in the released layout, bfloat16; `tree` is what `Drafter.load` will draft with."""
-    tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in head.state_dict().items()}
-    config = RELEASED_FIELDS | {name: value for name, value in asdict(head.config).items() if value is not None}
-    return checkpoints.save(folder, tensors, config | ({"specrepro_tree": asdict(tree)} if tree else {}))
+    """Write the head in the released layout, bfloat16, with the `tree` it is to draft."""
+    state = head.state_dict()
+    tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
+    sizes = {name: value for name, value in asdict(head.config).items() if value is not None}
+    config = RELEASED_FIELDS | sizes | ({"specrepro_tree": asdict(tree)} if tree else {})
+    return checkpoints.save(folder, tensors, config)
 
 
 def load_head(folder: Path | str) -> tuple[DraftHead, TreeConfig]:
-    """The head of a checkpoint folder, loaded strictly, and the tree it asks for (the paper's where it names none)."""
+    """The head of a checkpoint folder, loaded strictly, and its tree (the paper's if it names
+    none).
+    """
     tensors, config = checkpoints.load(folder)
     head = DraftHead(read_config(config, folder))
     if "draft_vocab_size" in config and "d2t" not in tensors and hasattr(head, "d2t"):
         raise ValueError(f"checkpoint {folder} drafts over a reduced vocabulary but has no d2t")
     checkpoints.load_strictly(head, tensors)
-    return head, TreeConfig(**config["specrepro_tree"]) if "specrepro_tree" in config else TreeConfig()
+    return head, TreeConfig(**config.get("specrepro_tree", {}))
 
 
 def read_config(config: dict[str, object], folder: Path | str) -> HeadConfig:
-    """HeadConfig from a released config.json; fields that old configs leave out take the released code's values."""
+    """HeadConfig from a released config.json; what it leaves out is as in the released code."""
     names = {field.name for field in fields(HeadConfig)}
     known = {name: value for name, value in config.items() if name in names}
-    required = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    if missing := [name for name in required if name not in known]:
+    required = [field.name for field in fields(HeadConfig) if field.default is MISSING]
+    if missing := [name for name in required if name not in known and name != "head_dim"]:
         raise ValueError(f"config.json of checkpoint {folder} lacks {', '.join(missing)}")
     known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
     known.setdefault("draft_vocab_size", known["vocab_size"])
@@ -538,7 +595,8 @@ def train(
     score: Callable[[DraftHead], float] | None = None,
     resume: bool = False,
 ) -> DraftHead:
-    """Train a head on cached target features; `score` (tau on held-out prompts) picks the checkpoint that is kept.
+    """Train a head on cached target features; `score` (tau on held-out prompts) picks the best
+    state.
 
     Under torchrun each process takes its own batches and gradients are averaged.
     """
@@ -546,22 +604,32 @@ def train(
     rank, num_ranks = draft_training.join_processes()
     torch.manual_seed(loop.seed)
     head = new_head(target, features.answers, draft_vocab_size, config)
-    loss = TrainingTimeTest(head, target.model.get_input_embeddings().weight, target.head.weight, config)
+    loss = TrainingTimeTest(
+        head, target.model.get_input_embeddings().weight, target.head.weight, config
+    )
     prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
-    batches = corpus.batch_order(features.answers, batch_tokens, loop.seed, loop.total_steps * num_ranks)
+    batches = corpus.batch_order(
+        features.answers, batch_tokens, loop.seed, loop.total_steps * num_ranks
+    )
 
     def batch_at(step: int) -> Batch:
-        return Batch(*features.batch(batches[step * num_ranks + rank], prompt_ids)).to(target.device)
+        return Batch(*features.batch(batches[step * num_ranks + rank], prompt_ids)).to(
+            target.device, target.dtype
+        )
 
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype != torch.float32):
+        with torch.autocast(
+            target.device.type, torch.bfloat16, enabled=target.dtype != torch.float32
+        ):
             return loss(batch)
 
     identity = {
         "corpus": features.hash, "head": asdict(head.config), "training": asdict(config),
         "batch_tokens": batch_tokens, "processes": num_ranks,
     }  # fmt: skip
-    return draft_training.train(head, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity)
+    return draft_training.train(
+        head, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity
+    )
 
 
 def new_head(
@@ -571,7 +639,9 @@ def new_head(
     head = DraftHead(head_config(target, draft_vocab_size)).to(target.device)
     if hasattr(head, "d2t"):
         words = torch.tensor([token for answer in answers for token in answer.tokens])
-        head.set_vocabulary(most_frequent_tokens(words, target.vocab_size, draft_vocab_size).to(target.device))
+        head.set_vocabulary(
+            most_frequent_tokens(words, target.vocab_size, draft_vocab_size).to(target.device)
+        )
     if config.lm_head_init == "target":
         with torch.no_grad():
             head.lm_head.weight.copy_(target.head.weight[head.draft_token_ids()])
@@ -582,13 +652,19 @@ def new_head(
 
 
 def held_out_questions(target: Target, num_prompts: int = 12) -> list[list[int]]:
-    """Prompts that choose among checkpoints: the last of two held-out sets, where evaluation takes the first."""
-    last = [question for name in ("chat", "instruction") for question in prompts.load(name, 250)[-num_prompts // 2 :]]
+    """Prompts that choose among states: the last of two held-out sets, not the first."""
+    last = [
+        question
+        for name in ("chat", "instruction")
+        for question in prompts.load(name, 250)[-num_prompts // 2 :]
+    ]
     return [prompts.encode(target.tokenizer, question) for question in last]
 
 
-def held_out_tau(target: Target, head: DraftHead, tree: TreeConfig, questions: Sequence[Sequence[int]]) -> float:
-    """tau of greedy decoding over 48 tokens of each question: total tokens over total target passes."""
+def held_out_tau(
+    target: Target, head: DraftHead, tree: TreeConfig, questions: Sequence[Sequence[int]]
+) -> float:
+    """tau of greedily decoding 48 tokens of each question: all tokens over all target passes."""
     drafter = Drafter(copy.deepcopy(head), target, tree)
     runs = [decode(target, drafter, question, max_new_tokens=48) for question in questions]
     return sum(len(run.tokens) - 1 for run in runs) / max(1, sum(run.num_passes for run in runs))
@@ -606,7 +682,7 @@ class Recipe:
 
     @classmethod
     def of(cls, target: Target) -> Recipe:
-        """The embedded target's overrides for the embedded target, the paper's own settings for every other."""
+        """The overrides for the embedded target, the paper's own settings for every other."""
         if target.name != EMBEDDED:
             return cls()
         own = yaml.safe_load(OVERRIDES.read_text())["eagle3"]
@@ -617,9 +693,16 @@ class Recipe:
 
 
 def make_checkpoint(
-    target: Target, corpus_folder: Path, work: Path, destination: Path, *, recipe: Recipe | None = None,
-    epochs: float = 2.0, evaluations: int = 4, resume: bool = False,
-) -> Path:  # fmt: skip
+    target: Target,
+    corpus_folder: Path,
+    work: Path,
+    destination: Path,
+    *,
+    recipe: Recipe | None = None,
+    epochs: float = 2.0,
+    evaluations: int = 4,
+    resume: bool = False,
+) -> Path:
     """Train on the corpus's features for `epochs` and write the checkpoint with its card.
 
     The state with the highest held-out tau of `evaluations` looks is the one that is kept.
@@ -628,18 +711,23 @@ def make_checkpoint(
     features = corpus.FeatureCache(corpus_folder, target.hidden_size)
     _, num_ranks = draft_training.join_processes()
     steps = corpus.num_batches(features.answers, recipe.batch_tokens, epochs) // num_ranks
-    loop = replace(recipe.loop, total_steps=max(1, steps), evaluate_every=max(1, steps // evaluations))
+    loop = replace(
+        recipe.loop, total_steps=max(1, steps), evaluate_every=max(1, steps // evaluations)
+    )
     questions = held_out_questions(target)
     head = train(
-        target, features, work, draft_vocab_size=recipe.draft_vocab_size, config=recipe.training, loop=loop,
-        batch_tokens=recipe.batch_tokens, score=lambda h: held_out_tau(target, h, recipe.tree, questions), resume=resume,
+        target, features, work, draft_vocab_size=recipe.draft_vocab_size, config=recipe.training,
+        loop=loop, batch_tokens=recipe.batch_tokens, resume=resume,
+        score=lambda head: held_out_tau(target, head, recipe.tree, questions),
     )  # fmt: skip
     if draft_training.is_first_process():
         save_head(head, destination, recipe.tree)
         card = {
-            "target": target.name, "corpus": features.hash, "answer_tokens": features.num_answer_tokens, "epochs": epochs,
+            "target": target.name, "corpus": features.hash,
+            "answer_tokens": features.num_answer_tokens, "epochs": epochs,
             "steps": loop.total_steps, "processes": num_ranks, "batch_tokens": recipe.batch_tokens,
-            "recipe": asdict(recipe.training) | asdict(loop), "minutes": round((time.perf_counter() - began) / 60, 1),
+            "recipe": asdict(recipe.training) | asdict(loop),
+            "minutes": round((time.perf_counter() - began) / 60, 1),
             "held_out_tau": round(draft_training.best_score(work), 3),
             "command": " ".join(["python", "-m", "specrepro.eagle3", *sys.argv[1:]]),
         }  # fmt: skip
@@ -648,12 +736,18 @@ def make_checkpoint(
 
 
 def obtain_checkpoint(
-    target: Target, checkpoint: str = "", *, from_scratch: bool = False, work: Path = Path("runs/eagle3"),
-    epochs: float = 2.0, num_answers: int | None = None,
-) -> Path:  # fmt: skip
-    """The checkpoint to draft with: the folder named, the committed one, or one trained here from the corpus.
+    target: Target,
+    checkpoint: str = "",
+    *,
+    from_scratch: bool = False,
+    work: Path = Path("runs/eagle3"),
+    epochs: float = 2.0,
+    num_answers: int | None = None,
+) -> Path:
+    """The checkpoint to draft with: the folder named, the committed one, or one trained here.
 
-    A target without a committed corpus answers the training prompts itself first. Goes on where it was interrupted.
+    A target without a committed corpus answers the training prompts itself first. Goes on where it
+    was interrupted.
     """
     if not from_scratch:
         return Path(checkpoint or CHECKPOINT)
@@ -663,31 +757,43 @@ def obtain_checkpoint(
     else:
         questions = list(itertools.islice(prompts.training_prompts(), num_answers))
         corpus.generate(target, questions, features)
-    return make_checkpoint(target, features, work / "training", work / "checkpoint", epochs=epochs, resume=True)
+    return make_checkpoint(
+        target, features, work / "training", work / "checkpoint", epochs=epochs, resume=True
+    )
 
 
-def drafters(checkpoint: Path | str = CHECKPOINT, **tree: int) -> dict[str, Callable[[Target], Drafter]]:
-    """Loaders of everything this paper drafts with; `tree` overrides depth, top_k or total_tokens where not 0."""
+def drafters(
+    checkpoint: Path | str = CHECKPOINT, **tree: int
+) -> dict[str, Callable[[Target], Drafter]]:
+    """Loaders of this paper's drafters; `tree` overrides a checkpoint's sizes where not 0."""
     changed = {name: value for name, value in tree.items() if value}
 
     def dynamic(target: Target) -> Drafter:
         head, own = load_head(checkpoint)
         return Drafter(head, target, replace(own, **changed))
 
-    def chain(target: Target) -> Drafter:
+    def chain(target: Target) -> Drafter:  # long enough to see acceptance by depth
         head, own = load_head(checkpoint)
-        return Drafter(head, target, replace(own, top_k=1, total_tokens=own.depth + 2))
+        depth = max(own.depth, 4)
+        return Drafter(head, target, TreeConfig(depth, top_k=1, total_tokens=depth + 2))
 
     return {"EAGLE-3": dynamic, "EAGLE-3 chain": chain}
 
 
-def sweep(checkpoint: Path | str, target: Target, depths: Sequence[int], sizes: Sequence[int]) -> dict[str, tuple]:
+def sweep(
+    checkpoint: Path | str, target: Target, depths: Sequence[int], sizes: Sequence[int]
+) -> dict[str, tuple]:
     """Drafters over a grid of depth and tree size, each with the columns that its rows carry."""
     grid = [TreeConfig(depth, 8, size) for depth in depths for size in sizes]
     return {
         f"EAGLE-3, depth {tree.depth}, {tree.total_tokens} nodes": (
             Drafter.load(checkpoint, target, tree),
-            {"method": "EAGLE-3", "draft_depth": tree.depth, "total_tokens": tree.total_tokens, "top_k": tree.top_k},
+            {
+                "method": "EAGLE-3",
+                "draft_depth": tree.depth,
+                "total_tokens": tree.total_tokens,
+                "top_k": tree.top_k,
+            },
         )
         for tree in grid
     }
@@ -698,13 +804,21 @@ DRAFTERS = drafters()
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.eagle3 <corpus> <destination>`, alone or under torchrun."""
-    parser = argparse.ArgumentParser(prog="python -m specrepro.eagle3", description="Train an EAGLE-3 head.")
-    parser.add_argument("corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus")
+    parser = argparse.ArgumentParser(
+        prog="python -m specrepro.eagle3", description="Train an EAGLE-3 head."
+    )
+    parser.add_argument(
+        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
+    )
     parser.add_argument("destination", type=Path, help="where the checkpoint goes")
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--work", type=Path, default=Path("runs/eagle3"), help="training state and log")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/eagle3"), help="training state and log"
+    )
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--threads", type=int, default=0, help="of each process; 0 leaves it to torch")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
+    )
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     if options.threads:

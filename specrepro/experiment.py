@@ -51,7 +51,7 @@ class Tier:
 
 TIERS = {
     "smoke": Tier("a prompt per set, to see that everything runs", "3 minutes", 1, 16, 1, 2, 12),
-    "laptop": Tier("the committed checkpoint, with intervals", "15 minutes", 6, 128, 1, 6, 64),
+    "laptop": Tier("the committed checkpoint, with intervals", "15 minutes", 4, 128, 1, 4, 48),
     "full": Tier("trains from scratch; makes what is committed", "hours", 40, 128, 3, 40, 128),
     "paper": Tier("the paper's targets and settings, on GPUs", "hours", 80, 512, 3, 40, 128),
 }

@@ -227,7 +227,7 @@ class Target:
 def _require_attention_layers(model: nn.Module, name: str) -> None:
     layers = getattr(model.get_decoder(), "layers", [])
     are_plain = [hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers]
-    if model.config.is_encoder_decoder or not layers or not all(are_plain):
+    if not layers or not all(are_plain):
         reason = f"is a {model.config.model_type} model, not a decoder of attention layers"
         raise ValueError(_unsupported(f"target {name!r}", reason))
 
@@ -323,7 +323,8 @@ def _require_causal_config(folder: str, name: str) -> None:
             f"no target {name!r}: it is neither {EMBEDDED!r}, nor a folder with a config.json,"
             f" nor a Hub id reachable from here ({str(error).splitlines()[0]})"
         ) from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder or not is_causal:
         reason = f"is a {config.model_type} model, not a causal language model"
         raise ValueError(_unsupported(f"target {name!r}", reason))
 

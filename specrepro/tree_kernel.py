@@ -1,17 +1,20 @@
-"""The Triton kernels of tree verification: attention over a draft tree, the walks, the cache they leave.
+"""The Triton kernels of tree verification: attention over a draft tree, the walks, the cache they
+leave.
 
-Attention reads each cached key and value once for all query heads that share it and all nodes of the
-tree: the `G` heads x `N` nodes of one key-value head are packed as the rows of one tile. The cached
-prefix is cut into splits, each attended by its own program with no mask but the length bound; the
-program of the last split goes on into the tree's own keys, under packed ancestor bits, and stores
-them behind the prefix. A second kernel merges the splits in order; no kernel uses atomics.
+Attention reads each cached key and value once for all query heads that share it and all nodes of
+the tree: the `G` heads x `N` nodes of one key-value head are packed as the rows of one tile. The
+cached prefix is cut into splits, each attended by its own program with no mask but the length
+bound; the program of the last split goes on into the tree's own keys, under packed ancestor bits,
+and stores them behind the prefix. A second kernel merges the splits in order; no kernel uses
+atomics.
 
 In deterministic mode the splits follow from a row's prefix length alone and the tiles hold at least
 64 rows, so that every row is reduced in the same order whatever else is in its tree.
 
 The launchers take plain tensors, check nothing that has to be read back from the device, and launch
-grids that depend on shapes only: they can be captured in a CUDA graph. What they are given is checked
-by `tree_verify`, the door to them. The last section counts the bytes and operations of these loops.
+grids that depend on shapes only: they can be captured in a CUDA graph. What they are given is
+checked by `tree_verify`, the door to them. The last section counts the bytes and operations of
+these loops.
 
 Not done here: backward passes, quantised caches, multi-head latent attention.
 """
@@ -30,6 +33,7 @@ WORD_BITS = 32  # ancestor bits in a word, and tree keys in a block
 FIXED_SPLIT = 256  # slots of a split in deterministic mode, times a whole number for long prefixes
 MAX_FIXED_SPLITS = 16  # bounds the partial results, which would outweigh the cache itself
 MERGE_ROWS = 16
+COUPLED_WARPS = 8  # with four its registers spill
 LARGEST_BELOW_ONE = tl.constexpr(1 - 2**-24)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -38,21 +42,38 @@ NOBODY = tl.constexpr(-3)  # a node without children
 
 @triton.jit
 def _splits_of(length, min_split, max_splits):
-    """The slots of a split and the number of splits of a prefix; an empty prefix has one empty split."""
+    """Slots of a split and number of splits of a prefix; an empty one has one empty split."""
     split_size = min_split * tl.maximum(tl.cdiv(length, min_split * max_splits), 1)
     return split_size, tl.maximum(tl.cdiv(length, split_size), 1)
 
 
 @triton.jit
 def _slot_offsets(
-    table_ptr, sequence, slots, is_used, page_size, num_pages, stride_page, stride_slot, PAGED: tl.constexpr,
+    table_ptr, sequence, slots, is_used, page_size, num_pages, page_stride, slot_stride,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Where the slots of a sequence lie. A contiguous cache is one whose page is a whole sequence."""
+    """Where slots of a sequence lie; a contiguous cache is one whose page is a whole sequence."""
     page = sequence
     if PAGED:
-        page = tl.load(table_ptr + sequence * num_pages + slots // page_size, mask=is_used, other=0).to(tl.int64)
+        at = table_ptr + sequence * num_pages + slots // page_size
+        page = tl.load(at, mask=is_used, other=0).to(tl.int64)
         slots = slots % page_size
-    return page * stride_page + slots.to(tl.int64) * stride_slot
+    return page * page_stride + slots.to(tl.int64) * slot_stride
+
+
+@triton.jit
+def _load_vectors(ptr, at, is_there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors of D numbers at the offsets `at`; zeros where there are none, whatever lies there."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = is_there[:, None] & (dims < D)[None, :]
+    return tl.load(ptr + at[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_vectors(ptr, at, vectors, is_there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    dims = tl.arange(0, BLOCK_D)
+    mask = is_there[:, None] & (dims < D)[None, :]
+    tl.store(ptr + at[:, None] + dims[None, :], vectors.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -82,16 +103,16 @@ def _absorb(scores, values, best, total, acc, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "capacity", "num_pages", "min_split", "max_splits", "window"])
 def tree_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, lengths_ptr, num_nodes_ptr, words_ptr, depths_ptr,
-    out_ptr, lse_ptr, partial_ptr, best_ptr, total_ptr,
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, lengths_ptr, num_nodes_ptr,
+    words_ptr, depths_ptr, out_ptr, lse_ptr, partial_ptr, best_ptr, total_ptr,
     N, capacity, page_size, num_pages, min_split, max_splits, scale, cap, window,
     q_sequence, q_node, q_head, k_sequence, k_node, k_head, v_sequence, v_node, v_head,
     k_page, k_slot, k_cache_head, v_page, v_slot, v_cache_head,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    PAGED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PAGED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one split of one key-value head's keys, seen by BLOCK_M of its G x N query rows."""
+    """One program: one split of one key-value head's keys, seen by BLOCK_M of its query rows."""
     sequence = (tl.program_id(0) // HKV).to(tl.int64)
     head = (tl.program_id(0) % HKV).to(tl.int64)
     split = tl.program_id(2)
@@ -104,10 +125,8 @@ def tree_attention_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     nodes = rows // G
     is_row = nodes < num_nodes
-    dims = tl.arange(0, BLOCK_D)
-    is_dim = (dims < D)[None, :]
-    q_offsets = sequence * q_sequence + nodes * q_node + (head * G + rows % G) * q_head
-    q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=is_row[:, None] & is_dim, other=0.0)
+    q_at = sequence * q_sequence + nodes * q_node + (head * G + rows % G) * q_head
+    q = _load_vectors(q_ptr, q_at, is_row, D, BLOCK_D)
     if HAS_WINDOW:
         depths = tl.load(depths_ptr + sequence * N + nodes, mask=is_row, other=0)
 
@@ -117,75 +136,85 @@ def tree_attention_kernel(
     start = split * split_size
     stop = tl.minimum(start + split_size, length)
     if HAS_WINDOW:
-        # the root sees furthest back; whole blocks are left out, so that every tree cuts the prefix alike
+        # the root sees furthest back; whole blocks are left out, alike for every tree
         start = tl.maximum(start, tl.maximum(length - window + 1, 0) // BLOCK_S * BLOCK_S)
     for first in range(start, stop, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
         is_used = slots < stop
-        loaded = is_used[:, None] & is_dim
-        at = _slot_offsets(table_ptr, sequence, slots, is_used, page_size, num_pages, k_page, k_slot, PAGED)
-        keys = tl.load(k_cache_ptr + (at + head * k_cache_head)[:, None] + dims[None, :], mask=loaded, other=0.0)
-        at = _slot_offsets(table_ptr, sequence, slots, is_used, page_size, num_pages, v_page, v_slot, PAGED)
-        values = tl.load(v_cache_ptr + (at + head * v_cache_head)[:, None] + dims[None, :], mask=loaded, other=0.0)
+        at = head * k_cache_head + _slot_offsets(
+            table_ptr, sequence, slots, is_used, page_size, num_pages, k_page, k_slot, PAGED
+        )
+        keys = _load_vectors(k_cache_ptr, at, is_used, D, BLOCK_D)
+        at = head * v_cache_head + _slot_offsets(
+            table_ptr, sequence, slots, is_used, page_size, num_pages, v_page, v_slot, PAGED
+        )
+        values = _load_vectors(v_cache_ptr, at, is_used, D, BLOCK_D)
         is_seen = is_used[None, :]
         if HAS_WINDOW:
             is_seen = is_seen & (length + depths[:, None] - slots[None, :] < window)
-        scores = tl.where(is_seen, _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION), float("-inf"))
+        scores = _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION)
+        scores = tl.where(is_seen, scores, float("-inf"))
         best, total, acc = _absorb(scores, values, best, total, acc, PRECISION)
 
     if split == num_splits - 1:
-        lanes = tl.arange(0, BLOCK_T)
         for first in range(0, num_nodes, BLOCK_T):
-            drafted = first + lanes
+            drafted = first + tl.arange(0, BLOCK_T)
             is_drafted = drafted < num_nodes
-            loaded = is_drafted[:, None] & is_dim
             at = sequence * k_sequence + drafted * k_node + head * k_head
-            keys = tl.load(k_ptr + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+            keys = _load_vectors(k_ptr, at, is_drafted, D, BLOCK_D)
             at = sequence * v_sequence + drafted * v_node + head * v_head
-            values = tl.load(v_ptr + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+            values = _load_vectors(v_ptr, at, is_drafted, D, BLOCK_D)
             if tl.program_id(1) == 0:
                 slots = length + drafted
                 is_room = is_drafted & (slots < capacity)
-                stored = is_room[:, None] & is_dim
-                at = _slot_offsets(table_ptr, sequence, slots, is_room, page_size, num_pages, k_page, k_slot, PAGED)
-                tl.store(k_cache_ptr + (at + head * k_cache_head)[:, None] + dims[None, :], keys, mask=stored)
-                at = _slot_offsets(table_ptr, sequence, slots, is_room, page_size, num_pages, v_page, v_slot, PAGED)
-                tl.store(v_cache_ptr + (at + head * v_cache_head)[:, None] + dims[None, :], values, mask=stored)
+                at = head * k_cache_head + _slot_offsets(
+                    table_ptr, sequence, slots, is_room, page_size, num_pages, k_page, k_slot, PAGED
+                )
+                _store_vectors(k_cache_ptr, at, keys, is_room, D, BLOCK_D)
+                at = head * v_cache_head + _slot_offsets(
+                    table_ptr, sequence, slots, is_room, page_size, num_pages, v_page, v_slot, PAGED
+                )
+                _store_vectors(v_cache_ptr, at, values, is_room, D, BLOCK_D)
             word_offsets = (sequence * N + nodes) * tl.cdiv(N, BLOCK_T) + first // BLOCK_T
             words = tl.load(words_ptr + word_offsets, mask=is_row, other=0)
-            is_seen = ((words[:, None] >> lanes[None, :].to(tl.uint32)) & 1) != 0
+            bits = words[:, None] >> tl.arange(0, BLOCK_T)[None, :].to(tl.uint32)
+            is_seen = (bits & 1) != 0
             if HAS_WINDOW:
                 key_depths = tl.load(depths_ptr + sequence * N + drafted, mask=is_drafted, other=0)
                 is_seen = is_seen & (depths[:, None] - key_depths[None, :] < window)
-            scores = tl.where(is_seen, _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION), float("-inf"))
+            scores = _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION)
+            scores = tl.where(is_seen, scores, float("-inf"))
             best, total, acc = _absorb(scores, values, best, total, acc, PRECISION)
 
     num_rows = N * G
+    total = tl.where(is_row, total, 0.0)
     if num_splits == 1:
-        total = tl.where(is_row, total, 0.0)
         at = (sequence * N + nodes) * (HKV * G) + head * G + rows % G
-        _finish(out_ptr, lse_ptr, at, rows < num_rows, dims, is_dim, best, total, acc, D)
+        _finish(out_ptr, lse_ptr, at, rows < num_rows, best, total, acc, D, BLOCK_D)
     else:
         at = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + split) * num_rows + rows
         tl.store(best_ptr + at, tl.where(is_row, best, float("-inf")), mask=rows < num_rows)
-        tl.store(total_ptr + at, tl.where(is_row, total, 0.0), mask=rows < num_rows)
-        tl.store(partial_ptr + at[:, None] * D + dims[None, :], acc, mask=is_row[:, None] & is_dim)
+        tl.store(total_ptr + at, total, mask=rows < num_rows)
+        _store_vectors(partial_ptr, at * D, acc, is_row, D, BLOCK_D)
 
 
 @triton.jit
-def _finish(out_ptr, lse_ptr, at, is_row, dims, is_dim, best, total, acc, D: tl.constexpr):
+def _finish(out_ptr, lse_ptr, at, is_row, best, total, acc, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Divide by the sum; a row that saw nothing gets 0 and a log-sum-exp of -inf."""
     saw = total > 0
     divisor = tl.where(saw, total, 1.0)
     out = tl.where(saw[:, None], acc / divisor[:, None], 0.0)
-    tl.store(out_ptr + at[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_dim)
-    tl.store(lse_ptr + at, tl.where(saw, (best + tl.log2(divisor)) * LN_2, float("-inf")), mask=is_row)
+    _store_vectors(out_ptr, at * D, out, is_row, D, BLOCK_D)
+    lse = tl.where(saw, (best + tl.log2(divisor)) * LN_2, float("-inf"))
+    tl.store(lse_ptr + at, lse, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["N", "capacity", "num_grid_splits", "min_split", "max_splits"])
 def merge_splits_kernel(
-    partial_ptr, best_ptr, total_ptr, lengths_ptr, out_ptr, lse_ptr, N, capacity, num_grid_splits, min_split, max_splits,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial_ptr, best_ptr, total_ptr, lengths_ptr, out_ptr, lse_ptr,
+    N, capacity, num_grid_splits, min_split, max_splits,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R query rows of one key-value head, their splits added up in order."""
     sequence = (tl.program_id(0) // HKV).to(tl.int64)
@@ -198,8 +227,6 @@ def merge_splits_kernel(
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     num_rows = N * G
     is_row = rows < num_rows
-    dims = tl.arange(0, BLOCK_D)
-    is_dim = (dims < D)[None, :]
     best = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -207,9 +234,8 @@ def merge_splits_kernel(
         at = (tl.program_id(0).to(tl.int64) * num_grid_splits + split) * num_rows + rows
         split_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
         split_total = tl.load(total_ptr + at, mask=is_row, other=0.0)
-        # where a split saw nothing its accumulator was never meant to be read
-        loaded = (split_total > 0)[:, None] & is_dim
-        split_acc = tl.load(partial_ptr + at[:, None] * D + dims[None, :], mask=loaded, other=0.0)
+        # what a split that saw nothing left in its accumulator was never meant to be read
+        split_acc = _load_vectors(partial_ptr, at * D, split_total > 0, D, BLOCK_D)
         new_best = tl.maximum(best, split_best)
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)
         fade, split_fade = tl.exp2(best - shift), tl.exp2(split_best - shift)
@@ -217,7 +243,7 @@ def merge_splits_kernel(
         acc = acc * fade[:, None] + split_acc * split_fade[:, None]
         best = new_best
     at = (sequence * N + rows // G) * (HKV * G) + head * G + rows % G
-    _finish(out_ptr, lse_ptr, at, is_row, dims, is_dim, best, total, acc, D)
+    _finish(out_ptr, lse_ptr, at, is_row, best, total, acc, D, BLOCK_D)
 
 
 @triton.jit
@@ -228,7 +254,15 @@ def _next_child(node_ids, parents, parent, after, N):
 
 @triton.jit(do_not_specialize=["N"])
 def greedy_walk_kernel(
-    tokens_ptr, parents_ptr, choice_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N, BLOCK_N: tl.constexpr
+    tokens_ptr,
+    parents_ptr,
+    choice_ptr,
+    path_ptr,
+    emitted_ptr,
+    accepted_ptr,
+    bonus_ptr,
+    N,
+    BLOCK_N: tl.constexpr,
 ):
     """One program walks one tree. A tree fits in one block, so a step down is a single compare."""
     row = tl.program_id(0).to(tl.int64) * N
@@ -245,7 +279,9 @@ def greedy_walk_kernel(
         depth += 1
         tl.store(path_ptr + row + depth, child)
         chosen = tl.load(choice_ptr + row + child)
-        child = tl.min(tl.where((parents == child) & (tokens == chosen) & (node_ids > child), node_ids, N), 0)
+        child = tl.min(
+            tl.where((parents == child) & (tokens == chosen) & (node_ids > child), node_ids, N), 0
+        )
     tl.store(emitted_ptr + row + depth, chosen)
     tl.store(accepted_ptr + tl.program_id(0), depth)
     tl.store(bonus_ptr + tl.program_id(0), chosen)
@@ -258,14 +294,17 @@ def _residual(
 ):  # fmt: skip
     """Target mass in float64 of one block of tokens, less what the rejected drafts have taken.
 
-    Sampled drafts take `spent` times their distribution (however many were tried, one factor is enough: max(max(p - a q,
-    0) - b q, 0) = max(p - (a + b) q, 0)); certain drafts, the children of `tried_of`, take their token's whole mass.
+    Sampled drafts take `spent` times their distribution (however many were tried, one factor is
+    enough: max(max(p - a q, 0) - b q, 0) = max(p - (a + b) q, 0)); certain drafts, the children of
+    `tried_of`, take their token's whole mass.
     """
     ids = first + tl.arange(0, BLOCK_V)
     at = (row + node) * V + ids
     mass = tl.load(p_ptr + at, mask=ids < V, other=0.0).to(tl.float64)
     if SAMPLED:
-        mass = tl.maximum(mass - spent * tl.load(q_ptr + at, mask=ids < V, other=0.0).to(tl.float64), 0.0)
+        mass = tl.maximum(
+            mass - spent * tl.load(q_ptr + at, mask=ids < V, other=0.0).to(tl.float64), 0.0
+        )
     else:
         tried = _next_child(node_ids, parents, tried_of, 0, N)
         while tried < N:
@@ -282,7 +321,20 @@ def _residual_mass(
     total = tl.full((), 0.0, tl.float64)
     for first in range(0, V, BLOCK_V):
         _, mass = _residual(
-            p_ptr, q_ptr, row, node, first, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+            p_ptr,
+            q_ptr,
+            row,
+            node,
+            first,
+            spent,
+            tried_of,
+            tokens_ptr,
+            node_ids,
+            parents,
+            N,
+            V,
+            SAMPLED,
+            BLOCK_V,
         )
         total += tl.sum(mass, 0)
     return total
@@ -293,14 +345,27 @@ def _draw(
     p_ptr, q_ptr, row, node, spent, tried_of, threshold, tokens_ptr, node_ids, parents, N, V,
     SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The first token whose cumulative mass exceeds the threshold; no rounding can draw one without mass."""
+    """The first token whose cumulative mass exceeds the threshold; never one without mass."""
     running = tl.full((), 0.0, tl.float64)
     drawn = V
     last = 0
     first = 0
     while (first < V) & (drawn == V):
         ids, mass = _residual(
-            p_ptr, q_ptr, row, node, first, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+            p_ptr,
+            q_ptr,
+            row,
+            node,
+            first,
+            spent,
+            tried_of,
+            tokens_ptr,
+            node_ids,
+            parents,
+            N,
+            V,
+            SAMPLED,
+            BLOCK_V,
         )
         cumulative = running + tl.cumsum(mass, 0)
         drawn = tl.min(tl.where((cumulative > threshold) & (mass > 0), ids, V), 0)
@@ -312,10 +377,10 @@ def _draw(
 
 @triton.jit(do_not_specialize=["N", "V"])
 def coupled_walk_kernel(
-    tokens_ptr, parents_ptr, p_ptr, uniforms_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N, V,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    tokens_ptr, parents_ptr, p_ptr, uniforms_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr,
+    N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program walks one tree: draw from the target at each node, go to the child that was drawn."""
+    """One program walks one tree: draw at each node, go to the child that was drawn."""
     row = tl.program_id(0).to(tl.int64) * N
     node_ids = tl.arange(0, BLOCK_N)
     tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
@@ -325,24 +390,54 @@ def coupled_walk_kernel(
     chosen = 0
     while node < N:
         tl.store(path_ptr + row + depth, node)
-        total = _residual_mass(p_ptr, p_ptr, row, node, 0.0, NOBODY, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V)
+        total = _residual_mass(
+            p_ptr,
+            p_ptr,
+            row,
+            node,
+            0.0,
+            NOBODY,
+            tokens_ptr,
+            node_ids,
+            parents,
+            N,
+            V,
+            False,
+            BLOCK_V,
+        )
         uniform = tl.minimum(tl.load(uniforms_ptr + row + node), LARGEST_BELOW_ONE).to(tl.float64)
         chosen = _draw(
-            p_ptr, p_ptr, row, node, 0.0, NOBODY, uniform * total, tokens_ptr, node_ids, parents, N, V, False, BLOCK_V
+            p_ptr,
+            p_ptr,
+            row,
+            node,
+            0.0,
+            NOBODY,
+            uniform * total,
+            tokens_ptr,
+            node_ids,
+            parents,
+            N,
+            V,
+            False,
+            BLOCK_V,
         )
         tl.store(emitted_ptr + row + depth, chosen)
         depth += 1
-        node = tl.min(tl.where((parents == node) & (tokens == chosen) & (node_ids > node), node_ids, N), 0)
+        node = tl.min(
+            tl.where((parents == node) & (tokens == chosen) & (node_ids > node), node_ids, N), 0
+        )
     tl.store(accepted_ptr + tl.program_id(0), depth - 1)
     tl.store(bonus_ptr + tl.program_id(0), chosen)
 
 
 @triton.jit(do_not_specialize=["N", "V"])
 def residual_walk_kernel(
-    tokens_ptr, parents_ptr, p_ptr, q_ptr, uniforms_ptr, finals_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N, V,
+    tokens_ptr, parents_ptr, p_ptr, q_ptr, uniforms_ptr, finals_ptr, path_ptr, emitted_ptr,
+    accepted_ptr, bonus_ptr, N, V,
     SAMPLED: tl.constexpr, REPLACED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program walks one tree, trying each node's children in draw order against what is left of the target."""
+    """One program walks one tree, trying children in draw order on what is left of the target."""
     row = tl.program_id(0).to(tl.int64) * N
     node_ids = tl.arange(0, BLOCK_N)
     parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
@@ -351,10 +446,14 @@ def residual_walk_kernel(
     node = 0
     spent = tl.full((), 0.0, tl.float64)
     # mass left of the target, and of the drafts' distribution
-    mass = _residual_mass(p_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+    mass = _residual_mass(
+        p_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+    )
     unseen = tl.full((), 1.0, tl.float64)
     if SAMPLED:
-        unseen = _residual_mass(q_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+        unseen = _residual_mass(
+            q_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V
+        )
     child = _next_child(node_ids, parents, 0, 0, N)
     while child < N:
         token = tl.load(tokens_ptr + row + child)
@@ -371,29 +470,112 @@ def residual_walk_kernel(
             tl.store(path_ptr + row + depth, child)
             node = child
             spent = spent * 0.0
-            mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+            mass = _residual_mass(
+                p_ptr,
+                q_ptr,
+                row,
+                node,
+                spent,
+                NOBODY,
+                tokens_ptr,
+                node_ids,
+                parents,
+                N,
+                V,
+                SAMPLED,
+                BLOCK_V,
+            )
             if SAMPLED:
-                unseen = _residual_mass(q_ptr, q_ptr, row, node, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+                unseen = _residual_mass(
+                    q_ptr,
+                    q_ptr,
+                    row,
+                    node,
+                    spent,
+                    NOBODY,
+                    tokens_ptr,
+                    node_ids,
+                    parents,
+                    N,
+                    V,
+                    True,
+                    BLOCK_V,
+                )
         else:
             if SAMPLED:
                 spent += mass / unseen
                 if not REPLACED:
                     unseen -= proposed
-                mass = _residual_mass(p_ptr, q_ptr, row, node, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V)
+                mass = _residual_mass(
+                    p_ptr,
+                    q_ptr,
+                    row,
+                    node,
+                    spent,
+                    NOBODY,
+                    tokens_ptr,
+                    node_ids,
+                    parents,
+                    N,
+                    V,
+                    True,
+                    BLOCK_V,
+                )
             else:
                 mass -= wanted
         child = _next_child(node_ids, parents, node, child, N)
     tried_of = node
     if not SAMPLED:
-        mass = _residual_mass(p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+        mass = _residual_mass(
+            p_ptr,
+            q_ptr,
+            row,
+            node,
+            spent,
+            tried_of,
+            tokens_ptr,
+            node_ids,
+            parents,
+            N,
+            V,
+            SAMPLED,
+            BLOCK_V,
+        )
     # only rounding can reject every draft and leave nothing: then the draft was the target
     if mass <= 0:
         spent = spent * 0.0
         tried_of = NOBODY
-        mass = _residual_mass(p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V)
+        mass = _residual_mass(
+            p_ptr,
+            q_ptr,
+            row,
+            node,
+            spent,
+            tried_of,
+            tokens_ptr,
+            node_ids,
+            parents,
+            N,
+            V,
+            SAMPLED,
+            BLOCK_V,
+        )
     uniform = tl.minimum(tl.load(finals_ptr + tl.program_id(0)), LARGEST_BELOW_ONE).to(tl.float64)
     chosen = _draw(
-        p_ptr, q_ptr, row, node, spent, tried_of, uniform * mass, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
+        p_ptr,
+        q_ptr,
+        row,
+        node,
+        spent,
+        tried_of,
+        uniform * mass,
+        tokens_ptr,
+        node_ids,
+        parents,
+        N,
+        V,
+        SAMPLED,
+        BLOCK_V,
     )
     tl.store(emitted_ptr + row + depth, chosen)
     tl.store(accepted_ptr + tl.program_id(0), depth)
@@ -413,16 +595,40 @@ def keep_accepted_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     lanes = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     is_lane = lanes < HKV * D
-    within = tl.program_id(0).to(tl.int64) * stride_layer + (lanes // D).to(tl.int64) * stride_head + lanes % D
+    within = (
+        tl.program_id(0).to(tl.int64) * stride_layer
+        + (lanes // D).to(tl.int64) * stride_head
+        + lanes % D
+    )
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     accepted = tl.load(accepted_ptr + sequence).to(tl.int32)
     for step in range(1, accepted + 1):
         node = tl.load(path_ptr + sequence * P + step).to(tl.int32)
         source, target = length + node, length + step
         if (node != step) & (source < capacity):
-            at = _slot_offsets(table_ptr, sequence, source, True, page_size, num_pages, stride_page, stride_slot, PAGED)
+            at = _slot_offsets(
+                table_ptr,
+                sequence,
+                source,
+                True,
+                page_size,
+                num_pages,
+                stride_page,
+                stride_slot,
+                PAGED,
+            )
             moved = tl.load(cache_ptr + at + within, mask=is_lane)
-            at = _slot_offsets(table_ptr, sequence, target, True, page_size, num_pages, stride_page, stride_slot, PAGED)
+            at = _slot_offsets(
+                table_ptr,
+                sequence,
+                target,
+                True,
+                page_size,
+                num_pages,
+                stride_page,
+                stride_slot,
+                PAGED,
+            )
             tl.store(cache_ptr + at + within, moved, mask=is_lane)
 
 
@@ -437,13 +643,17 @@ class Tiles:
 
 
 def choose_tiles(
-    num_rows: int, head_size: int, itemsize: int, architecture: int | str = 90, deterministic: bool = True
+    num_rows: int,
+    head_size: int,
+    itemsize: int,
+    architecture: int | str = 90,
+    deterministic: bool = True,
 ) -> Tiles:
     """The widest tile that compiles without spilled registers, no wider than the rows need.
 
-    `architecture` is a CUDA capability as in sm_90, or an AMD name as in gfx942. A deterministic tile has at least 64
-    rows: from there on a wider one has more warps doing the same to their own rows. Float32, and head size 256, have one
-    tile for every number of rows.
+    `architecture` is a CUDA capability as in sm_90, or an AMD name as in gfx942. A deterministic
+    tile has at least 64 rows: from there on a wider one has more warps doing the same to their own
+    rows. Float32, and head size 256, have one tile for every number of rows.
     """
     if itemsize == 4:
         return Tiles(16, 32, warps=8, stages=2)
@@ -474,10 +684,10 @@ class Geometry:
 
 
 def plan(
-    sequences: int, nodes: int, query_heads: int, kv_heads: int, head_size: int, capacity: int, itemsize: int,
-    architecture: int | str = 90, deterministic: bool = True, num_cores: int = 132,
+    sequences: int, nodes: int, query_heads: int, kv_heads: int, head_size: int, capacity: int,
+    itemsize: int, architecture: int | str = 90, deterministic: bool = True, num_cores: int = 132,
 ) -> Geometry:  # fmt: skip
-    """Tiles and splits of a launch; outside deterministic mode the splits fill the `num_cores` multiprocessors."""
+    """Tiles and splits of a launch; outside deterministic mode the splits fill the device."""
     num_rows = nodes * (query_heads // kv_heads)
     tiles = choose_tiles(num_rows, head_size, itemsize, architecture, deterministic)
     row_blocks = -(-num_rows // tiles.rows)
@@ -513,9 +723,15 @@ def attend(
     num_pages = 1 if block_table is None else block_table.shape[1]
     capacity = page_size * num_pages
     architecture, num_cores = device_of(q)
-    geometry = plan(B, N, Hq, Hkv, D, capacity, q.element_size(), architecture, deterministic, num_cores)
+    geometry = plan(
+        B, N, Hq, Hkv, D, capacity, q.element_size(), architecture, deterministic, num_cores
+    )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    assert k_cache.stride(-1) == v_cache.stride(-1) == 1, "the last dimension of the cache must be dense"
+    cache_lengths, num_nodes = cache_lengths.contiguous(), num_nodes.contiguous()
+    block_table = None if block_table is None else block_table.contiguous()
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1, (
+        "the last dimension of the cache must be dense"
+    )
     out = q.new_empty(B, N, Hq, D)
     lse = q.new_empty(B, N, Hq, dtype=torch.float32)
     partial = q.new_empty(B * Hkv, geometry.num_splits, N * (Hq // Hkv), D, dtype=torch.float32)
@@ -523,24 +739,24 @@ def attend(
     shape = {"HKV": Hkv, "G": Hq // Hkv, "D": D, "BLOCK_D": triton.next_power_of_2(D)}
     split = {"min_split": geometry.min_split, "max_splits": geometry.max_splits}
     tree_attention_kernel[B * Hkv, geometry.row_blocks, geometry.num_splits](
-        q, k, v, k_cache, v_cache, cache_lengths if block_table is None else block_table, cache_lengths, num_nodes,
-        words, depths, out, lse, partial, best, total,
+        q, k, v, k_cache, v_cache, cache_lengths if block_table is None else block_table,
+        cache_lengths, num_nodes, words, depths, out, lse, partial, best, total,
         N=N, capacity=capacity, page_size=page_size, num_pages=num_pages, **split,
         scale=scale * LOG2_E.value if softcap is None else scale / softcap,
-        cap=1.0 if softcap is None else softcap * LOG2_E.value,
-        window=window or 0,
+        cap=1.0 if softcap is None else softcap * LOG2_E.value, window=window or 0,
         **_strides("q", q, "sequence node head"), **_strides("k", k, "sequence node head"),
         **_strides("v", v, "sequence node head"),
-        **_strides("k", k_cache, "page slot cache_head"), **_strides("v", v_cache, "page slot cache_head"),
+        **_strides("k", k_cache, "page slot cache_head"),
+        **_strides("v", v_cache, "page slot cache_head"),
         **shape, BLOCK_M=geometry.tiles.rows, BLOCK_S=geometry.tiles.slots, BLOCK_T=WORD_BITS,
-        PAGED=block_table is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-        PRECISION=dot_precision(q.dtype, architecture),
+        PAGED=block_table is not None, HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype, architecture),
         num_warps=geometry.tiles.warps, num_stages=geometry.tiles.stages,
     )  # fmt: skip
     if geometry.num_splits > 1:
         merge_splits_kernel[B * Hkv, triton.cdiv(N * (Hq // Hkv), MERGE_ROWS)](
-            partial, best, total, cache_lengths, out, lse,
-            N=N, capacity=capacity, num_grid_splits=geometry.num_splits, **split, **shape, BLOCK_R=MERGE_ROWS,
+            partial, best, total, cache_lengths, out, lse, N=N, capacity=capacity,
+            num_grid_splits=geometry.num_splits, **split, **shape, BLOCK_R=MERGE_ROWS,
         )  # fmt: skip
     return out, lse
 
@@ -589,7 +805,15 @@ def walk_greedily(tokens: Tensor, parents: Tensor, choice: Tensor) -> Walk:
     B, N = tokens.shape
     walk = Walk.empty(tokens)
     greedy_walk_kernel[B,](
-        tokens, parents, choice, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, BLOCK_N=triton.next_power_of_2(N)
+        tokens,
+        parents,
+        choice,
+        walk.path,
+        walk.emitted,
+        walk.accepted,
+        walk.bonus,
+        N=N,
+        BLOCK_N=triton.next_power_of_2(N),
     )
     return walk
 
@@ -599,33 +823,35 @@ def walk_coupled(tokens: Tensor, parents: Tensor, target_probs: Tensor, uniforms
     B, N, V = target_probs.shape
     walk = Walk.empty(tokens)
     coupled_walk_kernel[B,](
-        tokens, parents, target_probs, uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V,
-        BLOCK_N=triton.next_power_of_2(N), BLOCK_V=_vocabulary_block(V),
+        tokens, parents, target_probs, uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus,
+        N=N, V=V, BLOCK_N=triton.next_power_of_2(N), BLOCK_V=_vocabulary_block(V),
+        num_warps=COUPLED_WARPS,
     )  # fmt: skip
     return walk
 
 
 def walk_by_rejection(
-    tokens: Tensor, parents: Tensor, target_probs: Tensor, draft_probs: Tensor | None, uniforms: Tensor,
-    final_uniforms: Tensor, is_replaced: bool,
+    tokens: Tensor, parents: Tensor, target_probs: Tensor, draft_probs: Tensor | None,
+    uniforms: Tensor, final_uniforms: Tensor, is_replaced: bool,
 ) -> Walk:  # fmt: skip
-    """Try the children of trees (B, N) in turn; without `draft_probs` (B, N, V) they are certain drafts."""
+    """Try the children of trees (B, N) in turn; without `draft_probs` they were not drawn."""
     B, N, V = target_probs.shape
     walk = Walk.empty(tokens)
     residual_walk_kernel[B,](
-        tokens, parents, target_probs, target_probs if draft_probs is None else draft_probs, uniforms, final_uniforms,
-        walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V, SAMPLED=draft_probs is not None, REPLACED=is_replaced,
-        BLOCK_N=triton.next_power_of_2(N), BLOCK_V=_vocabulary_block(V),
+        tokens, parents, target_probs, target_probs if draft_probs is None else draft_probs,
+        uniforms, final_uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V,
+        SAMPLED=draft_probs is not None, REPLACED=is_replaced, BLOCK_N=triton.next_power_of_2(N),
+        BLOCK_V=_vocabulary_block(V),
     )  # fmt: skip
     return walk
 
 
 def _vocabulary_block(num_tokens: int) -> int:
-    return min(triton.next_power_of_2(num_tokens), 2048)
+    return min(triton.next_power_of_2(num_tokens), 1024)
 
 
 def keep(
-    cache: Tensor,  # (layers, B, S, Hkv, D) or (layers, num_pages, page_size, Hkv, D), any strides but the last
+    cache: Tensor,  # (layers, B, S, Hkv, D) or (layers, num_pages, page_size, Hkv, D)
     path: Tensor,  # (B, P)
     accepted: Tensor,  # (B,)
     cache_lengths: Tensor,  # (B,)
@@ -636,10 +862,123 @@ def keep(
     B, P = path.shape
     num_pages = 1 if block_table is None else block_table.shape[1]
     assert cache.stride(-1) == 1, "the last dimension of the cache must be dense"
+    accepted, cache_lengths = accepted.contiguous(), cache_lengths.contiguous()
+    block_table = None if block_table is None else block_table.contiguous()
     block = min(triton.next_power_of_2(Hkv * D), 1024)
     keep_accepted_kernel[layers, B, triton.cdiv(Hkv * D, block)](
-        cache, path if block_table is None else block_table, path, accepted, cache_lengths, P=P, page_size=page_size,
-        num_pages=num_pages, capacity=page_size * num_pages,
-        **_strides("stride", cache, "layer page slot head"),
-        HKV=Hkv, D=D, BLOCK=block, PAGED=block_table is not None,
+        cache, path if block_table is None else block_table, path, accepted, cache_lengths, P=P,
+        page_size=page_size, num_pages=num_pages, capacity=page_size * num_pages,
+        **_strides("stride", cache, "layer page slot head"), HKV=Hkv, D=D, BLOCK=block,
+        PAGED=block_table is not None,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one call of tree attention loads, stores and computes, padding included.
+
+    Every load is counted, whether or not a cache on the way holds what an earlier one brought.
+    """
+
+    kv_bytes: int  # keys and values loaded, cached and drafted
+    scratch_bytes: int  # partial results, written by splits and read by the merge
+    other_bytes: int  # queries, outputs, the drafted keys and values stored, ancestor words
+    operations: int  # of the two matrix products
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kv_bytes + self.scratch_bytes + self.other_bytes
+
+
+def traffic(
+    geometry: Geometry, lengths: list[int], nodes: int, query_heads: int, kv_heads: int,
+    head_size: int, itemsize: int,
+) -> Traffic:  # fmt: skip
+    """Count the loops of the attention kernels for prefixes of `lengths`, program by program."""
+    num_rows = nodes * (query_heads // kv_heads)
+    vector = head_size * itemsize
+    kv_bytes = scratch_bytes = other_bytes = multiplied = 0
+    for length in lengths:
+        split_size, num_splits = geometry.splits_of(length)
+        for split in range(num_splits):
+            start = split * split_size
+            stop = min(start + split_size, length)
+            kv_bytes += geometry.row_blocks * 2 * max(stop - start, 0) * vector
+            multiplied += -(-max(stop - start, 0) // geometry.tiles.slots) * geometry.tiles.slots
+            other_bytes += num_rows * vector
+        kv_bytes += geometry.row_blocks * 2 * nodes * vector
+        multiplied += -(-nodes // WORD_BITS) * WORD_BITS
+        other_bytes += 2 * nodes * vector + num_rows * (vector + 4)
+        other_bytes += num_rows * 4 * -(-nodes // WORD_BITS)
+        if num_splits > 1:
+            scratch_bytes += 2 * num_splits * num_rows * 4 * (head_size + 2)
+    padded = triton.next_power_of_2(head_size)
+    operations = 4 * multiplied * geometry.row_blocks * geometry.tiles.rows * padded
+    counts = (kv_bytes, scratch_bytes, other_bytes, operations)
+    return Traffic(*(kv_heads * count for count in counts))
+
+
+def minimum_traffic(
+    lengths: list[int], nodes: int, query_heads: int, kv_heads: int, head_size: int, itemsize: int
+) -> Traffic:
+    """Every key and value once per key-value head, every query and output once, no padding."""
+    seen = sum(lengths) + len(lengths) * nodes
+    rows = len(lengths) * nodes * query_heads
+    vector = head_size * itemsize
+    kv_bytes = 2 * seen * kv_heads * vector
+    other_bytes = 2 * rows * vector + 2 * len(lengths) * nodes * kv_heads * vector
+    pairs = sum((length + nodes) * nodes * query_heads for length in lengths)
+    return Traffic(kv_bytes, 0, other_bytes, 4 * pairs * head_size)
+
+
+def dense_mask_traffic(
+    lengths: list[int], nodes: int, query_heads: int, kv_heads: int, head_size: int, itemsize: int,
+    *, packs_heads: bool,
+) -> Traffic:  # fmt: skip
+    """A fused attention that is given the mask of (nodes, slots) and pads a batch to its longest.
+
+    Without packed heads each query head reads its keys, values and mask for itself.
+    """
+    slots = (max(lengths) + nodes) * len(lengths)
+    readers = kv_heads if packs_heads else query_heads
+    rows = len(lengths) * nodes * query_heads
+    vector = head_size * itemsize
+    mask_bytes = (max(lengths) + nodes) * itemsize * rows
+    other_bytes = 2 * rows * vector + mask_bytes + 2 * len(lengths) * nodes * kv_heads * vector
+    operations = 4 * (max(lengths) + nodes) * rows * head_size
+    return Traffic(2 * slots * readers * vector, 0, other_bytes, operations)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU's published peaks; what follows from them is modelled, not measured."""
+
+    name: str
+    architecture: int
+    bytes_per_second: float
+    half_operations_per_second: float  # dense, float32 accumulation
+
+
+CARDS = (
+    Card("A100 SXM 80 GB", 80, 2.039e12, 312e12),
+    Card("H100 SXM", 90, 3.35e12, 989e12),
+    Card("RTX 4090", 89, 1.008e12, 165e12),
+)
+
+
+def floor_seconds(card: Card, moved: Traffic) -> float:
+    """The roofline: no call can be faster than its bytes or its operations, whichever take longer.
+
+    Scratch is left out: it stays in the second-level cache at the sizes of a draft tree.
+    """
+    from_memory = (moved.kv_bytes + moved.other_bytes) / card.bytes_per_second
+    return max(from_memory, moved.operations / card.half_operations_per_second)
+
+
+if __name__ == "__main__":
+    import runpy
+    import sys
+
+    # timing needs the door, which this module may not import: `kernel_report` stands above both
+    sys.argv[1:1] = ["timings"]
+    runpy.run_module("specrepro.kernel_report", run_name="__main__")

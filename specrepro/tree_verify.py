@@ -1,18 +1,23 @@
-"""The one door to tree verification: attention over a draft tree, the walks that accept, and the cache they leave.
+"""The one door to tree verification: attention over a draft tree, the walks that accept, and the
+cache they leave.
 
-Every drafter's round ends here. The target scores a tree in one pass (`tree_attention`), a walk finds the longest path
-the target would itself have produced (`verify_greedy`, `verify_sample`), and `keep_accepted` compacts the cache. Plain
-autoregressive decoding takes the same door with a tree of one node, so baseline and method share every line.
+Every drafter's round ends here. The target scores a tree in one pass (`tree_attention`), a walk
+finds the longest path the target would itself have produced (`verify_greedy`, `verify_sample`), and
+`keep_accepted` compacts the cache. Plain autoregressive decoding takes the same door with a tree of
+one node, so baseline and method share every line.
 
-Each operation has a reference in plain Python, a torch path for any device, and Triton kernels (`tree_kernel`). Backend
-"auto" takes the kernels on a GPU and torch elsewhere; "triton" on a CPU runs in Triton's interpreter, for tests and
-teaching, and needs TRITON_INTERPRET=1 before the first import.
+Each operation has a reference in plain Python, a torch path for any device, and Triton kernels
+(`tree_kernel`). Backend
+"auto" takes the kernels on a GPU and torch elsewhere; "triton" on a CPU runs in Triton's
+interpreter, for tests and teaching, and needs TRITON_INTERPRET=1 before the first import.
 
-Randomness is an argument: the same uniforms give the same verdict whichever backend walks the tree, up to the rounding
-of a cumulative sum. Lossy acceptance rules (typical acceptance, thresholds) are not offered.
+Randomness is an argument: the same uniforms give the same verdict whichever backend walks the tree,
+up to the rounding of a cumulative sum. Lossy acceptance rules (typical acceptance, thresholds) are
+not offered.
 
-Bad input is a ValueError before anything is launched. What would have to be read back from a GPU (the tree, the lengths)
-is checked once a pass, where the tree is packed, and not while a CUDA graph is captured.
+Bad input is a ValueError before anything is launched. What would have to be read back from a GPU
+(the tree, the lengths) is checked once a pass, where the tree is packed, and not while a CUDA graph
+is captured.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ LARGEST_BELOW_ONE = 1 - 2**-24  # float32
 class Verdict:
     """What the target accepted of each tree; a round emits `num_accepted + 1` tokens."""
 
-    path: Tensor  # (B, P) node ids from the root, padded with -1; P is N from a kernel, less from torch
+    path: Tensor  # (B, P) node ids from the root, padded with -1; a kernel's P is N
     num_accepted: Tensor  # (B,) drafted tokens accepted, the root not counted
     tokens: Tensor  # (B, P) tokens emitted this round, the bonus token last, padded with -1
     bonus: Tensor  # (B,) the token the target adds; the root of the next tree
@@ -66,10 +71,11 @@ def pack(tree: DraftTree) -> PackedTree:
 def attention_mask(
     tree: DraftTree, cache_lengths: Tensor, num_slots: int, window: int | None = None
 ) -> Tensor:
-    """(B, N, num_slots) bool: what each node sees when its keys lie in slots `cache_lengths` + node id.
+    """(B, N, num_slots) bool: what each node sees when its keys lie in slots `cache_lengths` + node
+    id.
 
-    The committed prefix without any condition, then its own ancestors and itself. A sliding `window` counts positions,
-    hence tree depth, not the flattened node index.
+    The committed prefix without any condition, then its own ancestors and itself. A sliding
+    `window` counts positions, hence tree depth, not the flattened node index.
     """
     ancestors = tree.ancestor_mask()
     mask = prefix_mask(ancestors, cache_lengths, num_slots)
@@ -80,7 +86,7 @@ def attention_mask(
 
 
 def prefix_mask(ancestors: Tensor, cache_lengths: Tensor, num_slots: int) -> Tensor:
-    """(B, n, num_slots) bool: the prefix of `cache_lengths` (B,) slots, then `ancestors` (B, n, m) for the m behind it."""
+    """(B, n, num_slots) bool: a prefix of `cache_lengths` (B,), then `ancestors` (B, n, m)."""
     slots = torch.arange(num_slots, device=ancestors.device)
     behind = slots - cache_lengths[:, None]  # (B, num_slots)
     m = ancestors.shape[-1]
@@ -90,7 +96,7 @@ def prefix_mask(ancestors: Tensor, cache_lengths: Tensor, num_slots: int) -> Ten
 
 
 def _within_window(depths: Tensor, cache_lengths: Tensor, num_slots: int, window: int) -> Tensor:
-    """(B, N, num_slots) bool: fewer than `window` positions apart, a drafted node's position being prefix + depth."""
+    """(B, N, num_slots) bool: fewer than `window` positions apart; a node's is prefix + depth."""
     slots = torch.arange(num_slots, device=depths.device)
     behind = slots - cache_lengths[:, None]
     depth_of_slot = depths.gather(1, behind.clamp(0, depths.shape[1] - 1))
@@ -99,11 +105,21 @@ def _within_window(depths: Tensor, cache_lengths: Tensor, num_slots: int, window
 
 
 def tree_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, tree: DraftTree,
-    *, block_table: Tensor | None = None, scale: float | None = None, window: int | None = None,
-    softcap: float | None = None, return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """What `tree_attention` means: one query row at a time, a float64 softmax over the keys that it sees."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    tree: DraftTree,
+    *,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `tree_attention` means: row by row, a float64 softmax over the keys that it sees."""
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     group = q.shape[2] // k.shape[2]
     for b, length in enumerate(cache_lengths.tolist()):
@@ -125,7 +141,11 @@ def tree_attention_reference(
 
 
 def _slots_of(cache: Tensor, block_table: Tensor | None, sequence: int) -> Tensor:
-    return cache[sequence] if block_table is None else cache[block_table[sequence].long()].flatten(0, 1)
+    return (
+        cache[sequence]
+        if block_table is None
+        else cache[block_table[sequence].long()].flatten(0, 1)
+    )
 
 
 def _seen_reference(parents: list[int], node: int, length: int, window: int | None) -> list[int]:
@@ -138,7 +158,9 @@ def _seen_reference(parents: list[int], node: int, length: int, window: int | No
     positions = {slot: slot for slot in range(length)}
     positions |= {length + one: length + depth for depth, one in enumerate(reversed(path))}
     own = positions[length + node]
-    return [slot for slot, position in positions.items() if window is None or own - position < window]
+    return [
+        slot for slot, position in positions.items() if window is None or own - position < window
+    ]
 
 
 def tree_attention(
@@ -146,7 +168,7 @@ def tree_attention(
     k: Tensor,  # (B, N, Hkv, D)  the tree's own keys
     v: Tensor,  # (B, N, Hkv, D)
     k_cache: Tensor,  # (B, S, Hkv, D), or pages (num_pages, page_size, Hkv, D)
-    v_cache: Tensor,  # likewise; slots [length, length + N) of each row are overwritten with the tree's own
+    v_cache: Tensor,  # likewise; the tree's own overwrite slots [length, length + N)
     cache_lengths: Tensor,  # (B,)
     tree: DraftTree,
     *,
@@ -156,16 +178,18 @@ def tree_attention(
     softcap: float | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
-    mask: Tensor | None = None,  # (B, N, slots) bool from `attention_mask`, shared by layers (torch)
+    mask: Tensor
+    | None = None,  # (B, N, slots) bool from `attention_mask`, shared by layers (torch)
     packed: PackedTree | None = None,  # from `pack`, shared by layers (triton)
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every tree node to the committed prefix, its ancestors and itself: (B, N, Hq, D).
 
-    With `return_lse` also the log-sum-exp (B, N, Hq). The tree's keys and values are stored behind the prefix, where
-    `keep_accepted` finds them afterwards. `deterministic` (triton) reduces every row in an order that depends on its
-    prefix length alone; torch gives no such promise. Slots past the prefix are never read and may hold NaN, except by
-    torch under a shared `mask`, whose rows then need a cache that was zeroed once.
+    With `return_lse` also the log-sum-exp (B, N, Hq). The tree's keys and values are stored behind
+    the prefix, where `keep_accepted` finds them afterwards. `deterministic` (triton) reduces every
+    row in an order that depends on its prefix length alone; torch gives no such promise. Slots past
+    the prefix are never read and may hold NaN, except by torch under a shared `mask`, whose rows
+    then need a cache that was zeroed once.
     """
     _refuse_shapes(q, k, v, k_cache, v_cache, cache_lengths, tree, block_table)
     takes_kernel = _takes_kernel(backend, q)
@@ -173,12 +197,24 @@ def tree_attention(
         tree.validate(allow_duplicates=True)
         _refuse_lengths(cache_lengths, q.shape[1], _capacity(k_cache, block_table))
     if takes_kernel:
-        _refuse_head_size(q.shape[-1])
+        _refuse_what_kernels_lack(q)
         packed = packed or pack(tree)
         out, lse = tree_kernel.attend(
-            q, k, v, k_cache, v_cache, cache_lengths, packed.num_nodes, packed.words, packed.depths, block_table,
-            scale=scale or q.shape[-1] ** -0.5, window=window, softcap=softcap, deterministic=deterministic,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            cache_lengths,
+            packed.num_nodes,
+            packed.words,
+            packed.depths,
+            block_table,
+            scale=scale or q.shape[-1] ** -0.5,
+            window=window,
+            softcap=softcap,
+            deterministic=deterministic,
+        )
         return (out, lse) if return_lse else out
     store_tree(k, v, k_cache, v_cache, cache_lengths, block_table)
     num_slots = int(cache_lengths.max()) + q.shape[1] if mask is None else mask.shape[-1]
@@ -191,9 +227,14 @@ def tree_attention(
 
 
 def store_tree(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None = None
-) -> None:  # fmt: skip
-    """Write the tree's keys and values (B, N, Hkv, D) into slots `cache_lengths` + node id of each row."""
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """Write the tree's keys and values (B, N, Hkv, D) into slots `cache_lengths` + node id."""
     slots = cache_lengths[:, None] + torch.arange(k.shape[1], device=k.device)
     places = _places(slots, k_cache, block_table)
     k_cache[places] = k
@@ -201,7 +242,7 @@ def store_tree(
 
 
 def _places(slots: Tensor, cache: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Indices of `slots` (B, n) into a cache (..., B, S, Hkv, D) or its pages (..., num_pages, page_size, Hkv, D)."""
+    """Indices of `slots` (B, n) into the batch and slots, or pages and offsets, of a cache."""
     if block_table is None:
         return torch.arange(len(slots), device=slots.device)[:, None], slots
     page_size = cache.shape[-3]
@@ -226,11 +267,18 @@ def _blank_unused(caches: tuple[Tensor, Tensor], used: Tensor) -> None:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float | None = None
-) -> Tensor:  # fmt: skip
-    """Masked attention with the query heads of one key-value head packed as rows, so that each key is read once.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Masked attention with the query heads of one key-value head packed as rows, so that each key
+    is read once.
 
-    q (B, N, Hq, D); k, v (B, S, Hkv, D); mask (B, N, S) bool, or None for causal self-attention of N = S rows.
+    q (B, N, Hq, D); k, v (B, S, Hkv, D); mask (B, N, S) bool, or None for causal self-attention of
+    N = S rows.
     """
     B, N, Hq, D = q.shape
     Hkv = k.shape[2]
@@ -286,7 +334,7 @@ def _log_sum_exp(
 def verify_greedy_reference(
     tokens: Sequence[int], parents: Sequence[int], choice: Sequence[int]
 ) -> list[int]:
-    """Follow the target's choice from the root for as long as some child proposes it: the accepted node ids."""
+    """Follow the target's choice for as long as some child proposes it: the accepted node ids."""
     path, node = [], 0
     while matches := [c for c, p in enumerate(parents) if p == node and tokens[c] == choice[node]]:
         path.append(node := matches[0])
@@ -301,15 +349,17 @@ def verify_greedy(
 ) -> Verdict:
     """Accept the longest root path whose every token is the target's own choice at the parent.
 
-    A function from visited nodes (B,) to choices (B,) in place of the tensor spares the argmax of every other node,
-    which in half precision on a CPU takes longer than the whole target pass.
+    A function from visited nodes (B,) to choices (B,) in place of the tensor spares the argmax of
+    every other node, which in half precision on a CPU takes longer than the whole target pass.
     """
     takes_kernel = _takes_kernel(backend, tree.tokens)
     if _may_read_back(tree.tokens):
         tree.validate()
     if callable(choice):
         if backend == "triton":
-            raise ValueError("the kernel takes the target's choice as a tensor (B, N), not a function")
+            raise ValueError(
+                "the kernel takes the target's choice as a tensor (B, N), not a function"
+            )
         return _walk(tree, choice)
     if choice.shape != tree.tokens.shape:
         raise ValueError(
@@ -325,16 +375,20 @@ def verify_sample_reference(
     tokens: Sequence[int],
     parents: Sequence[int],
     target_probs: Sequence[Sequence[Real]],  # (N, V)
-    is_accepted: Callable[[int, Real, Real], bool],  # node, numerator, denominator of the probability
+    is_accepted: Callable[
+        [int, Real, Real], bool
+    ],  # node, numerator, denominator of the probability
     draw_token: Callable[[int, Sequence[Real]], int],  # node, masses in proportion
     *,
     mode: str = "coupled",
-    draft_probs: Sequence[Sequence[Real]] | None = None,  # (N, V) what each node's children were drawn from
+    draft_probs: Sequence[Sequence[Real]]
+    | None = None,  # (N, V) what each node's children were drawn from
 ) -> tuple[list[int], list[int]]:
-    """The accepted node ids and the emitted tokens of one tree, whatever numbers the masses are made of.
+    """The accepted node ids and the emitted tokens of one tree, whatever numbers the masses are
+    made of.
 
-    Chance is in the two functions: uniforms make it one walk, and a function that goes both ways lists every outcome with
-    its probability.
+    Chance is in the two functions: uniforms make it one walk, and a function that goes both ways
+    lists every outcome with its probability.
     """
     path, emitted, node = [], [], 0
     if mode == "coupled":
@@ -377,41 +431,55 @@ def verify_sample(
 ) -> Verdict:
     """Emit a path of the tree and a token behind it, distributed as the target's own continuation.
 
-    "coupled": draw from the target at each visited node and go to the child that was drawn. `target_probs` may then be a
-    function from visited nodes (B,) to their distributions (B, V): only those are ever normalised. With uniforms keyed
-    by position, a sampled run repeats the autoregressive run of the same seed token for token.
-    "deterministic": children that were chosen, not drawn; each is accepted with its mass of what is left of the target.
-    "without_replacement", "with_replacement": children drawn from `draft_probs` of their parent, in the order of their
-    ids; a rejected one leaves the residual max(p - q, 0). Drawn with replacement, siblings may repeat.
-    All need a tree that does not depend on `uniforms`; the last two need `draft_probs` exactly as the children were drawn.
+    "coupled": draw from the target at each visited node and go to the child that was drawn.
+    `target_probs` may then be a function from visited nodes (B,) to their distributions (B, V):
+    only those are ever normalised. With uniforms keyed by position, a sampled run repeats the
+    autoregressive run of the same seed token for token.
+    "deterministic": children that were chosen, not drawn; each is accepted with its mass of what is
+    left of the target.
+    "without_replacement", "with_replacement": children drawn from `draft_probs` of their parent, in
+    the order of their ids; a rejected one leaves the residual max(p - q, 0). Drawn with
+    replacement, siblings may repeat. All need a tree that does not depend on `uniforms`; the last
+    two need `draft_probs` exactly as the children were drawn.
     """
     _refuse_sampling(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
     takes_kernel = _takes_kernel(backend, tree.tokens)
     if callable(target_probs):
         if backend == "triton":
-            raise ValueError("the kernels take target_probs as a tensor (B, N, V), not as a function")
-        return _walk(tree, lambda nodes: draw(target_probs(nodes), uniforms.gather(1, nodes[:, None])[:, 0]))
+            raise ValueError(
+                "the kernels take target_probs as a tensor (B, N, V), not as a function"
+            )
+        return _walk(
+            tree, lambda nodes: draw(target_probs(nodes), uniforms.gather(1, nodes[:, None])[:, 0])
+        )
     if takes_kernel:
         return _sample_by_kernel(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
     if mode == "coupled":
         rows = torch.arange(len(target_probs), device=target_probs.device)
         return _walk(
-            tree, lambda nodes: draw(target_probs[rows, nodes], uniforms.gather(1, nodes[:, None])[:, 0])
+            tree,
+            lambda nodes: draw(target_probs[rows, nodes], uniforms.gather(1, nodes[:, None])[:, 0]),
         )
     return _walk_by_rejection(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
 
 
 def _sample_by_kernel(
-    tree: DraftTree, target_probs: Tensor, uniforms: Tensor, final_uniforms: Tensor | None, mode: str,
+    tree: DraftTree,
+    target_probs: Tensor,
+    uniforms: Tensor,
+    final_uniforms: Tensor | None,
+    mode: str,
     draft_probs: Tensor | None,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     trees = tree.tokens.contiguous(), tree.parents.contiguous()
     p, u = target_probs.contiguous(), uniforms.float().contiguous()
     if mode == "coupled":
         return _verdict(tree_kernel.walk_coupled(*trees, p, u))
     q = None if draft_probs is None else draft_probs.contiguous()
     final = final_uniforms.float().contiguous()
-    return _verdict(tree_kernel.walk_by_rejection(*trees, p, q, u, final, mode == "with_replacement"))
+    return _verdict(
+        tree_kernel.walk_by_rejection(*trees, p, q, u, final, mode == "with_replacement")
+    )
 
 
 def _verdict(walk: tree_kernel.Walk) -> Verdict:
@@ -419,7 +487,7 @@ def _verdict(walk: tree_kernel.Walk) -> Verdict:
 
 
 def _walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
-    """Step down from the roots while a child carries the chosen token; the last choice is the bonus token."""
+    """Step down while a child carries the chosen token; the last choice is the bonus token."""
     B, N = tree.tokens.shape
     nodes = tree.tokens.new_zeros(B)
     is_walking = torch.ones(B, dtype=torch.bool, device=nodes.device)
@@ -441,9 +509,14 @@ def _walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
 
 
 def _walk_by_rejection(
-    tree: DraftTree, target_probs: Tensor, uniforms: Tensor, final_uniforms: Tensor, mode: str, draft_probs: Tensor | None
-) -> Verdict:  # fmt: skip
-    """Try every node in turn in the sequences that stand at its parent: parents come first, so one sweep is the walk."""
+    tree: DraftTree,
+    target_probs: Tensor,
+    uniforms: Tensor,
+    final_uniforms: Tensor,
+    mode: str,
+    draft_probs: Tensor | None,
+) -> Verdict:
+    """Try each node where a sequence stands at its parent; parents come first: one sweep."""
     B, N = tree.tokens.shape
     rows = torch.arange(B, device=uniforms.device)
     uniforms = uniforms.double().clamp_max(LARGEST_BELOW_ONE)
@@ -483,10 +556,11 @@ def _walk_by_rejection(
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the cumulative distribution of each row (B, V) at its uniform in [0, 1): (B,). Zero mass is never drawn."""
+    """Invert each row's (B, V) cumulative distribution at its uniform; never draws zero mass."""
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    # the largest float below the total, so that rounding can never step past the last token with mass
+    # the largest float below the total, so that rounding can never step past the last token with
+    # mass
     threshold = torch.minimum(
         uniforms[:, None].to(total) * total, torch.nextafter(total, torch.zeros_like(total))
     )
@@ -499,7 +573,7 @@ def keep_accepted_reference(slots: list, path: Sequence[int], length: int) -> li
 
 
 def keep_accepted(
-    cache: Tensor,  # (..., B, S, Hkv, D) every layer's keys and values at once, or (..., num_pages, page_size, Hkv, D)
+    cache: Tensor,  # (..., B, S, Hkv, D) of every layer, or (..., num_pages, page_size, Hkv, D)
     verdict: Verdict,
     cache_lengths: Tensor,  # (B,)
     *,
@@ -518,15 +592,21 @@ def keep_accepted(
         )
     if _takes_kernel(backend, cache):
         layers = cache.view(-1, *cache.shape[-4:])
-        tree_kernel.keep(layers, verdict.path.contiguous(), verdict.num_accepted, cache_lengths, block_table)
+        tree_kernel.keep(
+            layers, verdict.path.contiguous(), verdict.num_accepted, cache_lengths, block_table
+        )
     elif P > 1:
         is_node = verdict.path >= 0
         steps = torch.arange(P, device=cache.device).expand_as(is_node)
         # a step that was not taken copies the root onto itself
         target_slots = cache_lengths[:, None] + steps.where(is_node, 0)
         source_slots = cache_lengths[:, None] + verdict.path.where(is_node, 0)
-        sources, targets = (_places(slots, cache, block_table) for slots in (source_slots, target_slots))
-        cache[(..., *targets, slice(None), slice(None))] = cache[(..., *sources, slice(None), slice(None))]
+        sources, targets = (
+            _places(slots, cache, block_table) for slots in (source_slots, target_slots)
+        )
+        cache[(..., *targets, slice(None), slice(None))] = cache[
+            (..., *sources, slice(None), slice(None))
+        ]
     return cache_lengths + verdict.num_accepted + 1
 
 
@@ -535,14 +615,15 @@ def _takes_kernel(backend: str, tensor: Tensor) -> bool:
         raise ValueError(f"unknown backend {backend!r}; choose {', '.join(BACKENDS)}")
     if backend == "triton" and not tensor.is_cuda and not tree_kernel.is_interpreted():
         raise ValueError(
-            f"backend 'triton' needs a GPU tensor, not one on {tensor.device}: use backend='torch', or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+            f"backend 'triton' needs a GPU tensor, not one on {tensor.device}: use "
+            "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run the kernels "
+            "in Triton's interpreter"
         )
     return backend == "triton" or (backend == "auto" and tensor.is_cuda)
 
 
 def _may_read_back(tensor: Tensor) -> bool:
-    """Values on a GPU can be looked at, at the cost of a synchronisation, unless a CUDA graph is being captured."""
+    """Reading a GPU's values costs a synchronisation, and is forbidden in a CUDA graph."""
     return not tensor.is_cuda or not torch.cuda.is_current_stream_capturing()
 
 
@@ -551,9 +632,15 @@ def _capacity(cache: Tensor, block_table: Tensor | None) -> int:
 
 
 def _refuse_shapes(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, tree: DraftTree,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    tree: DraftTree,
     block_table: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     B, N, Hq, D = q.shape
     Hkv = k.shape[2]
     faults = {
@@ -564,13 +651,15 @@ def _refuse_shapes(
         "the caches of keys and values must have one shape": k_cache.shape != v_cache.shape,
         f"the cache must end in {(Hkv, D)}": k_cache.shape[2:] != (Hkv, D),
         f"the cache must hold {B} sequences": block_table is None and k_cache.shape[0] != B,
-        f"the block table must be ({B}, pages)": block_table is not None and block_table.shape[0] != B,
+        f"the block table must be ({B}, pages)": block_table is not None
+        and block_table.shape[0] != B,
     }
     for fault, is_there in faults.items():
         if is_there:
             raise ValueError(
-                f"{fault}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, cache {tuple(k_cache.shape)} and "
-                f"{tuple(v_cache.shape)}, lengths {tuple(cache_lengths.shape)}, tree {tuple(tree.tokens.shape)}"
+                f"{fault}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
+                f"cache {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, "
+                f"lengths {tuple(cache_lengths.shape)}, tree {tuple(tree.tokens.shape)}"
             )
 
 
@@ -578,22 +667,31 @@ def _refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> Non
     shortest, longest = (int(length) for length in cache_lengths.aminmax())
     if shortest < 0 or longest + num_nodes > capacity:
         raise ValueError(
-            f"cache lengths run from {shortest} to {longest}; with {num_nodes} nodes behind them they must fit "
-            f"the {capacity} slots of the cache"
+            f"cache lengths run from {shortest} to {longest}; with {num_nodes} nodes behind "
+            f"them they must fit the {capacity} slots of the cache"
         )
 
 
-def _refuse_head_size(head_size: int) -> None:
-    if head_size not in HEAD_SIZES:
+def _refuse_what_kernels_lack(q: Tensor) -> None:
+    if q.shape[-1] not in HEAD_SIZES:
         raise ValueError(
-            f"the kernels have head sizes {', '.join(map(str, HEAD_SIZES))}, not {head_size}: use backend='torch'"
+            f"the kernels have head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}: "
+            "use backend='torch'"
+        )
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        raise ValueError(
+            "Triton's interpreter cannot multiply bfloat16: use float16, float32 or backend='torch'"
         )
 
 
 def _refuse_sampling(
-    tree: DraftTree, target_probs: Tensor | Callable[[Tensor], Tensor], uniforms: Tensor, final_uniforms: Tensor | None,
-    mode: str, draft_probs: Tensor | None,
-) -> None:  # fmt: skip
+    tree: DraftTree,
+    target_probs: Tensor | Callable[[Tensor], Tensor],
+    uniforms: Tensor,
+    final_uniforms: Tensor | None,
+    mode: str,
+    draft_probs: Tensor | None,
+) -> None:
     B, N = tree.tokens.shape
     if mode not in SAMPLING_MODES:
         raise ValueError(f"unknown sampling mode {mode!r}; choose {', '.join(SAMPLING_MODES)}")
@@ -601,9 +699,13 @@ def _refuse_sampling(
         raise ValueError(f"uniforms must be {(B, N)}, one per node, not {tuple(uniforms.shape)}")
     if mode != "coupled" and (final_uniforms is None or final_uniforms.shape != (B,)):
         shape = None if final_uniforms is None else tuple(final_uniforms.shape)
-        raise ValueError(f"mode {mode!r} needs final_uniforms {(B,)} for the bonus token, not {shape}")
+        raise ValueError(
+            f"mode {mode!r} needs final_uniforms {(B,)} for the bonus token, not {shape}"
+        )
     if mode != "coupled" and callable(target_probs):
-        raise ValueError(f"mode {mode!r} needs target_probs as a tensor (B, N, V), not as a function")
+        raise ValueError(
+            f"mode {mode!r} needs target_probs as a tensor (B, N, V), not as a function"
+        )
     if (draft_probs is not None) != mode.endswith("_replacement"):
         needs = "needs" if mode.endswith("_replacement") else "takes no"
         raise ValueError(f"mode {mode!r} {needs} draft_probs")
@@ -623,6 +725,7 @@ def _refuse_probs(name: str, probs: Tensor | None, shape: tuple[int, int, int]) 
     if _may_read_back(probs) and not (torch.isfinite(probs).all() and (probs >= 0).all()):
         row, node, token = (~torch.isfinite(probs) | (probs < 0)).nonzero()[0].tolist()
         raise ValueError(
-            f"{name} of token {token} at node {node} of sequence {row} is {probs[row, node, token].item()}; "
+            f"{name} of token {token} at node {node} of sequence {row} is "
+            f"{probs[row, node, token].item()}; "
             "probabilities must be finite and not negative"
         )

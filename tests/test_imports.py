@@ -30,6 +30,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "claims": set(),
     "checkpoints": set(),
     "tree_verify": {"tree_kernel", "draft_tree"},
+    "kernel_report": {"tree_kernel", "tree_verify", "draft_tree"},
     "target_model": {"assets", "tree_verify", "draft_tree"},
     "prompts": {"assets"},
     "decoding": {"tree_verify", "target_model", "draft_tree"},

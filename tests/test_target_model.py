@@ -69,7 +69,8 @@ def random_prompts(lengths: tuple[int, ...]) -> list[list[int]]:
 def random_trees(batch: int, num_nodes: int) -> DraftTree:
     """Deep in places, bushy in others; every other row ends in padding."""
     parents = [[-1] + [_random_parent(node) for node in range(1, num_nodes)] for _ in range(batch)]
-    tree = DraftTree(torch.randint(3, VOCAB_SIZE, (batch, num_nodes)), torch.tensor(parents))
+    tokens = [torch.randperm(VOCAB_SIZE - 3)[:num_nodes] + 3 for _ in range(batch)]
+    tree = DraftTree(torch.stack(tokens), torch.tensor(parents))
     tree.parents[1::2, num_nodes - 2 :] = PADDING
     return tree
 
@@ -93,7 +94,7 @@ def plain_logits(model: nn.Module, tokens: list[int]) -> Tensor:
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [2, 5])  # few rows and many go through different products
@@ -203,7 +204,6 @@ def commit_some_path(target: Target, cache: KVCache, committed: list[list[int]])
     paths = [path[: random.randint(1, len(path))] for path in leaves]
     choice = torch.zeros_like(tree.tokens)  # no tree holds token 0, so a walk ends there
     for row, path in enumerate(paths):
-        tree.tokens[row] = torch.arange(3, 8) + tree.tokens[row, 0]
         choice[row, path[:-1]] = tree.tokens[row, path[1:]]
     target.keep(cache, verify_greedy(tree, choice))
     for row, path in enumerate(paths):

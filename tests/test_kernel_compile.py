@@ -1,0 +1,129 @@
+"""Every kernel compiles for every architecture without a GPU, spills nothing on sm_90, and loads
+each key once.
+
+The test process interprets kernels, so compiling happens in another. `kernel_resources.csv` is what
+it finds:
+
+    python -m specrepro.kernel_report resources kernel_resources.csv
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from specrepro import tree_kernel
+from specrepro.kernel_report import HEAD_SIZES, ITEM_BYTES, TARGETS, WALKS, roofline
+
+TABLE = Path(__file__).parents[1] / "kernel_resources.csv"
+KEYS = ["kernel", "architecture", "dtype", "head_size"]
+KERNELS = {"tree_attention_kernel", "merge_splits_kernel", "keep_accepted_kernel", *WALKS}
+
+
+def compile_again(path: Path, *options: str) -> pd.DataFrame:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "specrepro.kernel_report", "resources", str(path), *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return pd.read_csv(path)
+
+
+@pytest.fixture(scope="module")
+def committed() -> pd.DataFrame:
+    return pd.read_csv(TABLE)
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("sm_90", "bf16"), ("gfx942", "fp16")])
+def test_a_kernel_compiled_now_needs_what_the_table_says(
+    target: str, dtype: str, committed: pd.DataFrame, tmp_path: Path
+) -> None:
+    options = ("--targets", target, "--dtypes", dtype, "--head-sizes", "128")
+    rows = compile_again(tmp_path / "rows.csv", *options)
+    found = rows[KEYS].merge(committed, on=KEYS, how="left")[rows.columns]
+    pd.testing.assert_frame_equal(rows, found, check_dtype=False)
+
+
+@pytest.mark.slow
+def test_the_whole_table_can_be_made_again(committed: pd.DataFrame, tmp_path: Path) -> None:
+    pd.testing.assert_frame_equal(compile_again(tmp_path / "rows.csv"), committed)
+
+
+def test_the_table_covers_every_kernel_architecture_format_and_head_size(
+    committed: pd.DataFrame,
+) -> None:
+    assert set(committed["kernel"]) == KERNELS
+    attention = committed[committed["kernel"] == "tree_attention_kernel"]
+    assert len(attention) == len(TARGETS) * len(ITEM_BYTES) * len(HEAD_SIZES)
+    assert not attention.duplicated(KEYS).any()
+    assert len(committed) == len(attention) + len(TARGETS) * (len(KERNELS) - 1)
+
+
+def test_nothing_spills_on_sm_90(committed: pd.DataFrame) -> None:
+    hopper = committed[committed["architecture"] == "sm_90"]
+    assert (hopper["stack_bytes"] == 0).all(), hopper[hopper["stack_bytes"] > 0].to_string()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "limit"), [("sm_80", 163), ("sm_90", 227), ("gfx942", 64)]
+)
+def test_shared_memory_fits_the_card(
+    architecture: str, limit: int, committed: pd.DataFrame
+) -> None:
+    rows = committed[committed["architecture"] == architecture]
+    assert rows["shared_bytes"].max() <= limit * 1024
+
+
+SHAPE = dict(nodes=60, query_heads=32, kv_heads=8, head_size=128, itemsize=2)
+
+
+def test_each_key_and_value_is_loaded_once_per_head_at_2048_tokens_and_60_nodes() -> None:
+    geometry = tree_kernel.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=90)
+    moved = tree_kernel.traffic(geometry, [2048], **SHAPE)
+    least = tree_kernel.minimum_traffic([2048], **SHAPE)
+    assert moved.kv_bytes <= 1.10 * least.kv_bytes
+    unpacked = tree_kernel.dense_mask_traffic([2048], **SHAPE, packs_heads=False)
+    assert unpacked.kv_bytes == 4 * least.kv_bytes
+
+
+def test_the_count_notices_a_tile_too_narrow_for_its_rows() -> None:
+    geometry = tree_kernel.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=80)
+    moved = tree_kernel.traffic(geometry, [2048], **SHAPE)
+    least = tree_kernel.minimum_traffic([2048], **SHAPE)
+    assert geometry.row_blocks == 2 and moved.kv_bytes == 2 * least.kv_bytes
+
+
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 4096, 4097, 40_000])
+def test_splits_of_a_prefix_cover_it_whatever_the_tree(length: int) -> None:
+    plans = [tree_kernel.plan(1, nodes, 32, 8, 128, 50_000, 2) for nodes in (1, 60)]
+    assert plans[0].splits_of(length) == plans[1].splits_of(length)
+    split_size, num_splits = plans[0].splits_of(length)
+    assert (num_splits - 1) * split_size <= length <= num_splits * split_size
+    assert num_splits <= plans[0].num_splits
+
+
+def test_every_floor_is_reached_by_memory_and_not_by_arithmetic_at_batch_one() -> None:
+    geometry = tree_kernel.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=90)
+    moved = tree_kernel.traffic(geometry, [2048], **SHAPE)
+    h100 = next(card for card in tree_kernel.CARDS if "H100" in card.name)
+    from_memory = (moved.kv_bytes + moved.other_bytes) / h100.bytes_per_second
+    assert tree_kernel.floor_seconds(h100, moved) == pytest.approx(from_memory)
+
+
+def test_the_interpreted_kernels_are_not_compiled_by_mistake() -> None:
+    if not tree_kernel.is_interpreted():
+        pytest.skip("compiled kernels on this machine")
+    command = [sys.executable, "-m", "specrepro.kernel_report", "resources"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and "unset TRITON_INTERPRET" in run.stderr
+
+
+def test_the_roofline_has_a_floor_for_every_card_context_and_attention() -> None:
+    table = roofline()
+    assert (table["modelled_floor_us"] > 0).all() and len(table) == 27
+    ours = table[(table["attention"] == "tree kernel") & (table["card"] == "H100 SXM")]
+    assert (ours["kv_over_minimum"] <= 1.10).all()
