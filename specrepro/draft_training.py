@@ -144,10 +144,15 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def scores(folder: Path) -> dict[int, float]:
+    """Every score in a run's log, by the step it was taken after."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return {line["step"] + 1: line["score"] for line in lines if "score" in line}
+
+
 def best_score(folder: Path) -> float:
     """The highest score that a run's log holds."""
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return max((line["score"] for line in lines if "score" in line), default=math.nan)
+    return max(scores(folder).values(), default=math.nan)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):

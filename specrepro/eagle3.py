@@ -728,7 +728,11 @@ def make_checkpoint(
             "steps": loop.total_steps, "processes": num_ranks, "batch_tokens": recipe.batch_tokens,
             "recipe": asdict(recipe.training) | asdict(loop),
             "minutes": round((time.perf_counter() - began) / 60, 1),
+            # the best of these looks, so it flatters; and only of the tree it was taken with
             "held_out_tau": round(draft_training.best_score(work), 3),
+            "held_out_tau_by_step": draft_training.scores(work),
+            "held_out_prompts": len(questions),
+            "held_out_tree": asdict(recipe.tree),
             "command": " ".join(["python", "-m", "specrepro.eagle3", *sys.argv[1:]]),
         }  # fmt: skip
         checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
