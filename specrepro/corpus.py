@@ -1,7 +1,8 @@
 """The training corpus: prompts answered by the target itself, and its features over them.
 
 The committed corpus holds the answers and the ids of the prompts they answer, no third-party text.
-Half of the answers are greedy, half sampled at temperature 1. Features (three taps and the final
+Half of the answers are greedy, half sampled at temperature 1; a second pass over the prompts swaps
+the halves, further ones sample anew. Features (three taps and the final
 state of every token) are derived data, kept in bfloat16:
 computed once per corpus and target into memory-mapped files, so that an epoch of training does not
 run the target.
@@ -31,10 +32,8 @@ from specrepro.tree_verify import Verdict
 
 COMMITTED = Path(__file__).parent.parent / "corpus" / "smollm2"
 ANSWERS = "answers.parquet"
-TEMPERATURES = (
-    0.0,
-    1.0,
-)  # pairs of batches alternate between them, so each of two processes has both
+# pairs of batches alternate between them, so each of two processes has both
+TEMPERATURES = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +70,47 @@ def generate(
     max_prompt_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    num_passes: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Path:
     """Answer `questions` in batches into `folder`/part-<rank>; a second call goes on there.
 
     Two batches are greedy, the next two sampled at temperature 1, and so on; each of `num_ranks`
-    processes takes every num_ranks-th batch. An answer depends on its prompt, `seed` and the
-    batches, never on which process gives it. The features that the target computes while answering
-    are kept beside the answers, so training need not run it again.
+    processes takes every num_ranks-th batch. The second pass over the questions samples where the
+    first was greedy and the other way round; later ones sample again. An answer depends on its
+    prompt, the pass, `seed` and the batches, never on which process gives it. The features that the
+    target computes while answering are kept beside the answers, so training need not run it again.
     """
     part = Part(folder / f"part-{rank}", target.hidden_size)
     part.reopen()
-    done = {answer.prompt_id for answer in _all_answers(folder)}
-    batches = list(enumerate(_batches(target, questions, max_prompt_tokens, batch_size)))
-    batches = batches[rank::num_ranks]
+    done = {_key(a.prompt_id, a.temperature, a.seed) for a in _all_answers(folder)}
+    batches = list(_batches(target, questions, max_prompt_tokens, batch_size))
+    tasks = [(n, i) for n in range(num_passes) for i in range(len(batches))][rank::num_ranks]
     began, num_tokens = time.perf_counter(), 0
-    with tqdm(total=len(batches), desc=f"corpus, process {rank}", unit="batch") as bar:
-        for number, batch in batches:
-            waiting = {name: tokens for name, tokens in batch.items() if name not in done}
+    with tqdm(total=len(tasks), desc=f"corpus, process {rank}", unit="batch") as bar:
+        for num_pass, place in tasks:
+            temperature = _temperature(num_pass, place)
+            seeds = {name: _seed_of(name, seed + num_pass) for name in batches[place]}
+            keys = {name: _key(name, temperature, own) for name, own in seeds.items()}
+            waiting = {
+                name: tokens for name, tokens in batches[place].items() if keys[name] not in done
+            }
             if waiting:
-                temperature = TEMPERATURES[number // 2 % 2]
-                num_tokens += _answer(target, part, waiting, temperature, seed, max_new_tokens)
+                num_tokens += _answer(target, part, waiting, temperature, seeds, max_new_tokens)
                 bar.set_postfix(tokens_per_second=round(num_tokens / (time.perf_counter() - began)))
             bar.update()
     return part.folder
+
+
+def _key(prompt_id: str, temperature: float, seed: int) -> tuple[str, int | None]:
+    """A prompt has one greedy answer, and one sampled answer for each seed."""
+    return prompt_id, seed if temperature else None
+
+
+def _temperature(num_pass: int, place: int) -> float:
+    """What batch `place` of a pass is answered at."""
+    return TEMPERATURES[(place // 2 + num_pass) % 2] if num_pass < 2 else TEMPERATURES[1]
 
 
 def _batches(
@@ -116,20 +131,16 @@ def _answer(
     part: Part,
     batch: dict[str, list[int]],
     temperature: float,
-    seed: int,
+    seeds: dict[str, int],
     max_new_tokens: int,
 ) -> int:
     """Answer one batch of prompts by id, keep what comes of it, and return how many tokens did."""
-    seeds = [_seed_of(prompt_id, seed) for prompt_id in batch]
-    recorder = FeatureRecorder()
-    encoded = list(batch.values())
-    sampling = {"temperature": temperature, "seed": seeds}
-    generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, **sampling)
+    recorder, encoded = FeatureRecorder(), list(batch.values())
+    options = {"temperature": temperature, "seed": [seeds[prompt_id] for prompt_id in batch]}
+    generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, **options)
     answers = [
-        Answer(prompt_id, len(prompt), temperature, own_seed, generation.tokens)
-        for (prompt_id, prompt), own_seed, generation in zip(
-            batch.items(), seeds, generations, strict=True
-        )
+        Answer(prompt_id, len(prompt), temperature, seeds[prompt_id], generation.tokens)
+        for (prompt_id, prompt), generation in zip(batch.items(), generations, strict=True)
     ]
     part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
     return sum(len(answer.tokens) for answer in answers)
@@ -263,7 +274,7 @@ def pack(folder: Path, destination: Path, about: dict[str, object]) -> Path:
     if not answers:
         raise ValueError(_no_answers(folder))
     frame = pd.DataFrame([asdict(answer) for answer in answers]).sort_values(
-        "prompt_id", ignore_index=True
+        ["prompt_id", "seed"], ignore_index=True
     )
     frame["tokens"] = frame["tokens"].map(lambda tokens: np.asarray(tokens, dtype=np.uint32))
     destination.mkdir(parents=True, exist_ok=True)
@@ -284,7 +295,7 @@ def _no_answers(folder: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Answers of the target, ordered by prompt id."""
+    """Answers of the target, ordered by prompt id and seed."""
 
     answers: list[Answer]
 
@@ -303,10 +314,13 @@ class Corpus:
 
     def first(self, num_answers: int | None) -> Corpus:
         """A fair sample: prompts are in the order of their ids' hash."""
-        ranked = sorted(
-            self.answers, key=lambda answer: hashlib.sha256(answer.prompt_id.encode()).digest()
-        )
+        ranked = sorted(self.answers, key=_order)
         return Corpus(ranked[:num_answers])
+
+
+def _order(answer: Answer) -> tuple[bytes, int]:
+    """Prompts in the order of their ids' hash, the answers of one side by side."""
+    return hashlib.sha256(answer.prompt_id.encode()).digest(), answer.seed
 
 
 def has_answers(folder: Path) -> bool:
@@ -339,7 +353,7 @@ class FeatureCache:
             self._places += [
                 (part, int(start), answer) for start, answer in zip(starts, answers, strict=False)
             ]
-        self._places.sort(key=lambda place: hashlib.sha256(place[2].prompt_id.encode()).digest())
+        self._places.sort(key=lambda place: _order(place[2]))
         self._places = self._places[:max_sequences]
         self._columns = {
             (part.folder, name): part.read(name) for part in parts for name in part.columns
@@ -358,7 +372,8 @@ class FeatureCache:
 
     @property
     def hash(self) -> str:
-        return Corpus(sorted(self.answers, key=lambda answer: answer.prompt_id)).hash
+        ordered = sorted(self.answers, key=lambda answer: (answer.prompt_id, answer.seed))
+        return Corpus(ordered).hash
 
     def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> tuple[Tensor, ...]:
         """Sequences `ids`, padded: tokens, is_answer, choices (b, n), taps (b, n, 3H), hidden (b,
@@ -415,10 +430,11 @@ def recompute(
 ) -> Path:
     """Run the target over answers whose features are not here; goes on where it stopped."""
     part = Part(folder / "part-0", target.hidden_size)
-    done = {answer.prompt_id for answer in part.reopen()}
+    done = {_key(a.prompt_id, a.temperature, a.seed) for a in part.reopen()}
     _check_room(folder, sum(answer.num_tokens for answer in answers) * (8 * target.hidden_size + 4))
     ids = prompt_ids(target.tokenizer, answers)
-    waiting = sorted((a for a in answers if a.prompt_id not in done), key=lambda a: a.num_tokens)
+    waiting = [a for a in answers if _key(a.prompt_id, a.temperature, a.seed) not in done]
+    waiting.sort(key=lambda answer: answer.num_tokens)
     groups = _groups([answer.num_tokens for answer in waiting], batch_tokens)
     for group in tqdm(groups, desc="target features", unit="batch"):
         chosen = [waiting[place] for place in group]
@@ -502,6 +518,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-ranks", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-prompt-tokens", type=int, default=256, help="skip longer prompts")
+    parser.add_argument("--passes", type=int, default=1, help="answers of each prompt")
     options = parser.parse_args(arguments)
     torch.set_num_threads(max(1, torch.get_num_threads() // options.num_ranks))
     generate(
@@ -509,6 +527,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         list(prompts.training_prompts()),
         options.folder,
         max_new_tokens=options.max_new_tokens,
+        max_prompt_tokens=options.max_prompt_tokens,
+        num_passes=options.passes,
         batch_size=options.batch_size,
         rank=options.rank,
         num_ranks=options.num_ranks,

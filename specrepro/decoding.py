@@ -20,7 +20,14 @@ from torch import Tensor
 
 from specrepro.draft_tree import DraftTree
 from specrepro.target_model import KVCache, Scores, Target, pad
-from specrepro.tree_verify import Verdict, draw, verify_greedy, verify_sample
+from specrepro.tree_verify import (
+    Verdict,
+    race,
+    race_lead,
+    verify_greedy,
+    verify_sample,
+    vocabulary_grid,
+)
 
 
 class Drafter(Protocol):
@@ -119,7 +126,7 @@ class Generation:
     prefill_seconds: float
     # prefill, draft, target, verify, keep, observe
     seconds_by_part: dict[str, float] = field(default_factory=dict)
-    # lead of the best logit at each emitted token, when asked for
+    # at each emitted token, when asked for: the lead of the best logit, or of the race's winner
     gaps: list[float] = field(default_factory=list)
 
     @property
@@ -221,11 +228,12 @@ def decode(
     prompts = [list(prompt_ids)] if is_single else [list(prompt) for prompt in prompt_ids]
     sampling = Sampling(temperature, top_p, top_k)
     limits = _limits(target, prompts, max_new_tokens)
-    seeds, uniforms = _seeds(seed, len(prompts)), None
+    seeds, times = _seeds(seed, len(prompts)), None
     if not sampling.is_greedy:
-        uniforms = position_uniforms(seeds, max(limits) + drafter.max_nodes, target.device)
+        length = max(limits) + drafter.max_nodes
+        times = position_race_times(seeds, length, target.vocab_size).to(target.device)
     stop_ids = target.stop_ids[:0] if ignore_stop else target.stop_ids
-    loop = _Loop(target, drafter, sampling, uniforms, stop_ids, record_gaps)
+    loop = _Loop(target, drafter, sampling, times, stop_ids, record_gaps)
     generations = loop.run(prompts, limits, on_round)
     return generations[0] if is_single else generations
 
@@ -237,12 +245,17 @@ def decode_autoregressively(
     return decode(target, Autoregressive(), prompt_ids, **options)
 
 
-def position_uniforms(
-    seeds: Sequence[int], length: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """(B, length) draws in [0, 1), row b from its own seed whatever the batch and the drafts."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+def position_race_times(seeds: Sequence[int], length: int, vocab_size: int) -> Tensor:
+    """(B, length, R + C) exponentials; row b from its own seed whatever the batch and the drafts.
+
+    From uniforms of 53 bits, so that even the rarest token has its share of the small ones.
+    """
+    shape = (length, sum(vocabulary_grid(vocab_size)))
+    rows = (
+        torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    )
+    return torch.stack([(-torch.log1p(-u)).clamp_min(2**-54).float() for u in rows])
 
 
 def fill_gaps(is_kept: Tensor) -> Tensor:
@@ -276,6 +289,19 @@ def _limits(target: Target, prompts: list[list[int]], max_new_tokens: int) -> li
     return [min(max_new_tokens, target.max_context - len(prompt)) for prompt in prompts]
 
 
+def _at_nodes(
+    function: Callable[[Tensor], Tensor], logits: Tensor
+) -> Tensor | Callable[[Tensor], Tensor]:
+    """`function` of the logits (B, N, V) at every node at once, as the kernels want it.
+
+    A walk on a CPU asks at the nodes that it visits, and computes it nowhere else.
+    """
+    if logits.is_cuda:
+        return function(logits)
+    rows = torch.arange(len(logits))
+    return lambda nodes: function(logits[rows, nodes])
+
+
 class _Loop:
     """One call of `decode`: the parts that stay the same from round to round."""
 
@@ -284,12 +310,12 @@ class _Loop:
         target: Target,
         drafter: Drafter,
         sampling: Sampling,
-        uniforms: Tensor | None,
+        race_times: Tensor | None,
         stop_ids: Tensor,
         record_gaps: bool,
     ):
         self.target, self.drafter, self.sampling = target, drafter, sampling
-        self.uniforms, self.stop_ids, self.record_gaps = uniforms, stop_ids, record_gaps
+        self.race_times, self.stop_ids, self.record_gaps = race_times, stop_ids, record_gaps
         self.clock = Clock(target.device)
 
     @torch.inference_mode()
@@ -315,14 +341,15 @@ class _Loop:
         batch, rows = _Batch.empty(limits), torch.arange(len(prompts), device=limits.device)
         roots = self._first_tokens(scores)
         batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
-        self._note_gaps(batch, rows, scores.logits, torch.zeros_like(rows)[:, None])
+        first = torch.zeros_like(rows)[:, None]
+        self._note_gaps(batch, rows, scores.logits, self._times(rows, first), first)
         self.drafter.begin(tokens, lengths, roots, scores)
         return batch, rows, cache
 
     def _first_tokens(self, scores: Scores) -> Tensor:
         if self.sampling.is_greedy:
             return most_probable(scores.logits[:, 0])
-        return draw(self.sampling.probs(scores.logits[:, 0]), self.uniforms[:, 0])
+        return race(self.sampling.probs(scores.logits[:, 0]), self.race_times[:, 0])
 
     def _drop_ended(self, batch: _Batch, rows: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         going_on = fill_gaps(~batch.is_done[rows])
@@ -335,29 +362,39 @@ class _Loop:
         with self.clock.part("target"):
             scores = self.target.verify(cache, tree)
         with self.clock.part("verify"):
-            verdict = self._judge(tree, scores, rows, batch.num_new[rows])
+            times = self._times(rows, batch.num_new[rows][:, None] + tree.depths())
+            verdict = self._judge(tree, scores, times)
         with self.clock.part("keep"):
             self.target.keep(cache, verdict)
         with self.clock.part("observe"):
             self.drafter.observe(verdict, scores)
         batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
-        self._note_gaps(batch, rows, scores.logits, verdict.path)
+        self._note_gaps(batch, rows, scores.logits, times, verdict.path)
         batch.count(rows, verdict.num_accepted, tree.num_nodes - 1)
 
-    def _judge(self, tree: DraftTree, scores: Scores, rows: Tensor, num_new: Tensor) -> Verdict:
+    def _judge(self, tree: DraftTree, scores: Scores, times: Tensor | None) -> Verdict:
         if self.sampling.is_greedy:
-            return verify_greedy(tree, most_probable(scores.logits))
-        here = torch.arange(len(rows), device=rows.device)
-        uniforms = self.uniforms[rows].gather(1, num_new[:, None] + tree.depths())
-        probs_at = lambda nodes: self.sampling.probs(scores.logits[here, nodes])  # noqa: E731
-        return verify_sample(tree, probs_at, uniforms)
+            return verify_greedy(tree, _at_nodes(most_probable, scores.logits))
+        probs = _at_nodes(self.sampling.probs, scores.logits)
+        return verify_sample(tree, probs, race_times=times)
 
-    def _note_gaps(self, batch: _Batch, rows: Tensor, logits: Tensor, path: Tensor) -> None:
-        """Record how far the chosen token's logit led, for the audit of half-precision ties."""
+    def _times(self, rows: Tensor, positions: Tensor) -> Tensor | None:
+        """The race times of `rows` (b,) at new-token `positions` (b, N)."""
+        return None if self.race_times is None else self.race_times[rows[:, None], positions]
+
+    def _note_gaps(
+        self, batch: _Batch, rows: Tensor, logits: Tensor, times: Tensor | None, path: Tensor
+    ) -> None:
+        """Record by how much each token was chosen, for the audit of ties."""
         if not self.record_gaps:
             return
-        best = logits.float().topk(2, -1).values
-        gaps = (best[..., 0] - best[..., 1]).gather(1, path.clamp_min(0))
+        if self.sampling.is_greedy:
+            best = logits.float().topk(2, -1).values
+            gaps = best[..., 0] - best[..., 1]
+        else:
+            probs = self.sampling.probs(logits)
+            gaps = race_lead(probs.flatten(0, 1), times.flatten(0, 1)).view(logits.shape[:2])
+        gaps = gaps.gather(1, path.clamp_min(0))
         for row, gap, nodes in zip(rows.tolist(), gaps.tolist(), path.tolist(), strict=True):
             batch.gaps[row] += [g for g, node in zip(gap, nodes, strict=True) if node >= 0]
 

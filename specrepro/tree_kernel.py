@@ -33,7 +33,8 @@ WORD_BITS = 32  # ancestor bits in a word, and tree keys in a block
 FIXED_SPLIT = 256  # slots of a split in deterministic mode, times a whole number for long prefixes
 MAX_FIXED_SPLITS = 16  # bounds the partial results, which would outweigh the cache itself
 MERGE_ROWS = 16
-COUPLED_WARPS = 8  # with four its registers spill
+COUPLED_WARPS = 8
+COUPLED_TILE = 4096  # tokens that the walk of a coupled draw loads at once
 LARGEST_BELOW_ONE = tl.constexpr(1 - 2**-24)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -375,53 +376,49 @@ def _draw(
     return tl.where(drawn < V, drawn, last)
 
 
-@triton.jit(do_not_specialize=["N", "V"])
+@triton.jit
+def _winning_row(p_ptr, times_ptr, V, R, ROWS: tl.constexpr, C: tl.constexpr):
+    """The row of the vocabulary's (R, C) grid that arrives first, each by its mass."""
+    best = tl.full((), float("inf"), tl.float32)
+    winner = 0
+    for first in range(0, R, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        ids = rows[:, None] * C + tl.arange(0, C)[None, :]
+        mass = tl.sum(tl.load(p_ptr + ids, mask=ids < V, other=0.0).to(tl.float32), 1)
+        arrival = _arrival(tl.load(times_ptr + rows, mask=rows < R, other=1.0), mass)
+        earliest = tl.min(arrival, 0)
+        winner = tl.where(earliest < best, first + tl.argmin(arrival, 0), winner)
+        best = tl.minimum(best, earliest)
+    return winner
+
+
+@triton.jit
+def _arrival(times, mass):
+    """Who has no mass never arrives."""
+    return tl.where(mass > 0, times / tl.where(mass > 0, mass, 1.0), float("inf"))
+
+
+@triton.jit(do_not_specialize=["N", "V", "R"])
 def coupled_walk_kernel(
-    tokens_ptr, parents_ptr, p_ptr, uniforms_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr,
-    N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    tokens_ptr, parents_ptr, p_ptr, times_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr,
+    N, V, R, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One program walks one tree: draw at each node, go to the child that was drawn."""
+    """One program walks one tree: a race at each node, then on to the child that won it."""
     row = tl.program_id(0).to(tl.int64) * N
     node_ids = tl.arange(0, BLOCK_N)
     tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
     parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
+    columns = tl.arange(0, C)
     depth = 0
     node = 0
     chosen = 0
     while node < N:
         tl.store(path_ptr + row + depth, node)
-        total = _residual_mass(
-            p_ptr,
-            p_ptr,
-            row,
-            node,
-            0.0,
-            NOBODY,
-            tokens_ptr,
-            node_ids,
-            parents,
-            N,
-            V,
-            False,
-            BLOCK_V,
-        )
-        uniform = tl.minimum(tl.load(uniforms_ptr + row + node), LARGEST_BELOW_ONE).to(tl.float64)
-        chosen = _draw(
-            p_ptr,
-            p_ptr,
-            row,
-            node,
-            0.0,
-            NOBODY,
-            uniform * total,
-            tokens_ptr,
-            node_ids,
-            parents,
-            N,
-            V,
-            False,
-            BLOCK_V,
-        )
+        probs, times = p_ptr + (row + node) * V, times_ptr + (row + node) * (R + C)
+        first = _winning_row(probs, times, V, R, ROWS, C) * C
+        mass = tl.load(probs + first + columns, mask=first + columns < V, other=0.0)
+        arrival = _arrival(tl.load(times + R + columns), mass.to(tl.float32))
+        chosen = first + tl.argmin(arrival, 0)
         tl.store(emitted_ptr + row + depth, chosen)
         depth += 1
         node = tl.min(
@@ -818,14 +815,16 @@ def walk_greedily(tokens: Tensor, parents: Tensor, choice: Tensor) -> Walk:
     return walk
 
 
-def walk_coupled(tokens: Tensor, parents: Tensor, target_probs: Tensor, uniforms: Tensor) -> Walk:
-    """Draw from `target_probs` (B, N, V) at `uniforms` (B, N) on the way down trees (B, N)."""
+def walk_coupled(
+    tokens: Tensor, parents: Tensor, target_probs: Tensor, race_times: Tensor, grid: tuple[int, int]
+) -> Walk:
+    """Race by `target_probs` (B, N, V) and `race_times` (B, N, R + C) on the way down (B, N)."""
     B, N, V = target_probs.shape
-    walk = Walk.empty(tokens)
+    walk, (R, C) = Walk.empty(tokens), grid
     coupled_walk_kernel[B,](
-        tokens, parents, target_probs, uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus,
-        N=N, V=V, BLOCK_N=triton.next_power_of_2(N), BLOCK_V=_vocabulary_block(V),
-        num_warps=COUPLED_WARPS,
+        tokens, parents, target_probs, race_times, walk.path, walk.emitted, walk.accepted,
+        walk.bonus, N=N, V=V, R=R, C=C, BLOCK_N=triton.next_power_of_2(N),
+        ROWS=max(1, COUPLED_TILE // C), num_warps=COUPLED_WARPS,
     )  # fmt: skip
     return walk
 

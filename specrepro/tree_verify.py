@@ -11,9 +11,9 @@ Each operation has a reference in plain Python, a torch path for any device, and
 "auto" takes the kernels on a GPU and torch elsewhere; "triton" on a CPU runs in Triton's
 interpreter, for tests and teaching, and needs TRITON_INTERPRET=1 before the first import.
 
-Randomness is an argument: the same uniforms give the same verdict whichever backend walks the tree,
-up to the rounding of a cumulative sum. Lossy acceptance rules (typical acceptance, thresholds) are
-not offered.
+Randomness is an argument: the same uniforms or race times give the same verdict whichever backend
+walks the tree, up to the rounding of a sum. Lossy acceptance rules (typical acceptance, thresholds)
+are not offered.
 
 Bad input is a ValueError before anything is launched. What would have to be read back from a GPU
 (the tree, the lengths) is checked once a pass, where the tree is packed, and not while a CUDA graph
@@ -22,6 +22,7 @@ is captured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -422,63 +423,57 @@ def verify_sample_reference(
 def verify_sample(
     tree: DraftTree,
     target_probs: Tensor | Callable[[Tensor], Tensor],  # (B, N, V)
-    uniforms: Tensor,  # (B, N)  the draw made at each node
+    uniforms: Tensor | None = None,  # (B, N)  one per node, for all modes but "coupled"
     final_uniforms: Tensor | None = None,  # (B,)  the last draw, which adds the bonus token
     *,
     mode: str = "coupled",
+    race_times: Tensor | None = None,  # (B, N, R + C) exponentials at each node, for "coupled"
     draft_probs: Tensor | None = None,  # (B, N, V)  what each node's children were drawn from
     backend: str = "auto",
 ) -> Verdict:
     """Emit a path of the tree and a token behind it, distributed as the target's own continuation.
 
-    "coupled": draw from the target at each visited node and go to the child that was drawn.
-    `target_probs` may then be a function from visited nodes (B,) to their distributions (B, V):
-    only those are ever normalised. With uniforms keyed by position, a sampled run repeats the
-    autoregressive run of the same seed token for token.
+    "coupled": draw from the target at each visited node (`race`) and go to the child that was
+    drawn. `target_probs` may then be a function from visited nodes (B,) to their distributions
+    (B, V): only those are ever normalised. With race times keyed by position, a sampled run repeats
+    the autoregressive run of the same seed token for token.
     "deterministic": children that were chosen, not drawn; each is accepted with its mass of what is
     left of the target.
     "without_replacement", "with_replacement": children drawn from `draft_probs` of their parent, in
     the order of their ids; a rejected one leaves the residual max(p - q, 0). Drawn with
-    replacement, siblings may repeat. All need a tree that does not depend on `uniforms`; the last
-    two need `draft_probs` exactly as the children were drawn.
+    replacement, siblings may repeat. All need a tree that does not depend on the randomness; the
+    last two need `draft_probs` exactly as the children were drawn.
     """
-    _refuse_sampling(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
+    _refuse_sampling(
+        tree, target_probs, uniforms, final_uniforms, mode, race_times, draft_probs, backend
+    )
     takes_kernel = _takes_kernel(backend, tree.tokens)
-    if callable(target_probs):
-        if backend == "triton":
-            raise ValueError(
-                "the kernels take target_probs as a tensor (B, N, V), not as a function"
-            )
-        return _walk(
-            tree, lambda nodes: draw(target_probs(nodes), uniforms.gather(1, nodes[:, None])[:, 0])
-        )
-    if takes_kernel:
-        return _sample_by_kernel(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
-    if mode == "coupled":
-        rows = torch.arange(len(target_probs), device=target_probs.device)
-        return _walk(
-            tree,
-            lambda nodes: draw(target_probs[rows, nodes], uniforms.gather(1, nodes[:, None])[:, 0]),
-        )
-    return _walk_by_rejection(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
+    if takes_kernel and not callable(target_probs):
+        randomness = (race_times,) if mode == "coupled" else (uniforms, final_uniforms)
+        return _sample_by_kernel(tree, target_probs, draft_probs, randomness, mode)
+    if mode != "coupled":
+        return _walk_by_rejection(tree, target_probs, uniforms, final_uniforms, mode, draft_probs)
+    rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
+    probs_at = target_probs if callable(target_probs) else lambda n: target_probs[rows, n]
+    return _walk(tree, lambda nodes: race(probs_at(nodes), race_times[rows, nodes]))
 
 
 def _sample_by_kernel(
     tree: DraftTree,
     target_probs: Tensor,
-    uniforms: Tensor,
-    final_uniforms: Tensor | None,
-    mode: str,
     draft_probs: Tensor | None,
+    randomness: Sequence[Tensor],
+    mode: str,
 ) -> Verdict:
     trees = tree.tokens.contiguous(), tree.parents.contiguous()
-    p, u = target_probs.contiguous(), uniforms.float().contiguous()
+    probs = target_probs.contiguous()
+    draws = [one.float().contiguous() for one in randomness]
     if mode == "coupled":
-        return _verdict(tree_kernel.walk_coupled(*trees, p, u))
+        grid = vocabulary_grid(probs.shape[-1])
+        return _verdict(tree_kernel.walk_coupled(*trees, probs, *draws, grid))
     q = None if draft_probs is None else draft_probs.contiguous()
-    final = final_uniforms.float().contiguous()
     return _verdict(
-        tree_kernel.walk_by_rejection(*trees, p, q, u, final, mode == "with_replacement")
+        tree_kernel.walk_by_rejection(*trees, probs, q, *draws, mode == "with_replacement")
     )
 
 
@@ -565,6 +560,47 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
         uniforms[:, None].to(total) * total, torch.nextafter(total, torch.zeros_like(total))
     )
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def vocabulary_grid(vocab_size: int) -> tuple[int, int]:
+    """Rows R and columns C of the least-sided grid that holds a vocabulary, C a power of two."""
+    columns = 2 ** math.ceil(math.log2(max(vocab_size, 2)) / 2)
+    return -(-vocab_size // columns), columns
+
+
+def race(probs: Tensor, times: Tensor) -> Tensor:
+    """Draw a token from each row of `probs` (B, V), scaled or not: the first to arrive wins.
+
+    With independent standard exponentials E, argmin of E / p is distributed as p (the race that
+    Gumbel-max runs in logarithms). Two races, among the rows of the vocabulary's grid by their
+    masses and among the columns of the winner, need R + C `times` (B, R + C) in place of V. Unlike
+    an inverted cumulative distribution, which carries the rounding of every token's mass to every
+    draw, a race turns only where two arrivals nearly tie.
+    """
+    _, _, tokens = _arrivals(probs, times)
+    return tokens
+
+
+def race_lead(probs: Tensor, times: Tensor) -> Tensor:
+    """(B,) how far the logarithms of masses must move to turn the race of each row."""
+    among_rows, among_columns, _ = _arrivals(probs, times)
+    first_two = torch.stack([_two_first(among_rows), _two_first(among_columns)])
+    return (first_two[..., 1] / first_two[..., 0]).log().amin(0)
+
+
+def _two_first(arrivals: Tensor) -> Tensor:
+    arrivals = F.pad(arrivals, (0, 1), value=torch.inf)
+    return arrivals.topk(2, -1, largest=False).values
+
+
+def _arrivals(probs: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """When each row (B, R) and each column of the winning row (B, C) arrive, and who wins (B,)."""
+    R, C = vocabulary_grid(probs.shape[-1])
+    grid = F.pad(probs, (0, R * C - probs.shape[-1])).view(-1, R, C)
+    among_rows = times[:, :R] / grid.sum(-1)
+    row = among_rows.argmin(-1)
+    among_columns = times[:, R:] / grid[torch.arange(len(row), device=row.device), row]
+    return among_rows, among_columns, row * C + among_columns.argmin(-1)
 
 
 def keep_accepted_reference(slots: list, path: Sequence[int], length: int) -> list:
@@ -687,34 +723,52 @@ def _refuse_what_kernels_lack(q: Tensor) -> None:
 def _refuse_sampling(
     tree: DraftTree,
     target_probs: Tensor | Callable[[Tensor], Tensor],
-    uniforms: Tensor,
+    uniforms: Tensor | None,
     final_uniforms: Tensor | None,
     mode: str,
+    race_times: Tensor | None,
     draft_probs: Tensor | None,
+    backend: str,
 ) -> None:
-    B, N = tree.tokens.shape
     if mode not in SAMPLING_MODES:
         raise ValueError(f"unknown sampling mode {mode!r}; choose {', '.join(SAMPLING_MODES)}")
-    if uniforms.shape != (B, N):
-        raise ValueError(f"uniforms must be {(B, N)}, one per node, not {tuple(uniforms.shape)}")
-    if mode != "coupled" and (final_uniforms is None or final_uniforms.shape != (B,)):
-        shape = None if final_uniforms is None else tuple(final_uniforms.shape)
-        raise ValueError(
-            f"mode {mode!r} needs final_uniforms {(B,)} for the bonus token, not {shape}"
-        )
-    if mode != "coupled" and callable(target_probs):
-        raise ValueError(
-            f"mode {mode!r} needs target_probs as a tensor (B, N, V), not as a function"
-        )
+    if callable(target_probs) and (mode != "coupled" or backend == "triton"):
+        who = "the kernels need" if mode == "coupled" else f"mode {mode!r} needs"
+        raise ValueError(f"{who} target_probs as a tensor (B, N, V), not as a function")
+    B, N = tree.tokens.shape
+    vocab_size = None if callable(target_probs) else target_probs.shape[-1]
+    if mode == "coupled":
+        width = None if vocab_size is None else sum(vocabulary_grid(vocab_size))
+        _refuse_race_times(race_times, B, N, width)
+    else:
+        _refuse_uniforms(uniforms, final_uniforms, B, N, mode)
     if (draft_probs is not None) != mode.endswith("_replacement"):
         needs = "needs" if mode.endswith("_replacement") else "takes no"
         raise ValueError(f"mode {mode!r} {needs} draft_probs")
-    vocab_size = None if callable(target_probs) else target_probs.shape[-1]
     if not callable(target_probs):
         for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
             _refuse_probs(name, probs, (B, N, vocab_size))
     if _may_read_back(tree.tokens):
         tree.validate(vocab_size, allow_duplicates=mode == "with_replacement")
+
+
+def _refuse_race_times(race_times: Tensor | None, B: int, N: int, width: int | None) -> None:
+    shape = None if race_times is None else tuple(race_times.shape)
+    if shape is None or shape[:2] != (B, N) or width not in (None, shape[-1]):
+        raise ValueError(
+            f"mode 'coupled' needs race_times {(B, N, width or 'R + C')}, exponentials for the"
+            f" grid of the vocabulary at each node, not {shape}"
+        )
+
+
+def _refuse_uniforms(
+    uniforms: Tensor | None, final_uniforms: Tensor | None, B: int, N: int, mode: str
+) -> None:
+    needed = {"uniforms": (uniforms, (B, N)), "final_uniforms": (final_uniforms, (B,))}
+    for name, (given, shape) in needed.items():
+        found = None if given is None else tuple(given.shape)
+        if found != shape:
+            raise ValueError(f"mode {mode!r} needs {name} {shape}, not {found}")
 
 
 def _refuse_probs(name: str, probs: Tensor | None, shape: tuple[int, int, int]) -> None:

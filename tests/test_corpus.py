@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +107,19 @@ def test_another_seed_changes_sampled_answers_alone(target, whole, tmp_path):
     before, after = answers_of(whole), answers_of(generate(target, tmp_path, seed=1))
     changed = {a.temperature for a in before.values() if a.tokens != after[a.prompt_id].tokens}
     assert changed == {1.0}
+
+
+def test_a_second_pass_swaps_greedy_and_sampled_and_a_third_samples_anew(target, whole, tmp_path):
+    generate(target, tmp_path, num_passes=3)
+    by_prompt = defaultdict(list)
+    for answer in corpus.Part(tmp_path / "part-0", HIDDEN).answers():
+        by_prompt[answer.prompt_id].append(answer)
+    first = answers_of(whole)
+    assert by_prompt.keys() == first.keys()
+    for prompt_id, (one, two, three) in by_prompt.items():
+        assert one == first[prompt_id]
+        assert {one.temperature, two.temperature} == {0.0, 1.0} and three.temperature == 1.0
+        assert len({one.seed, two.seed, three.seed}) == 3
 
 
 def test_prompts_that_are_too_long_are_left_out(target, tmp_path):

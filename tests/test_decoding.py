@@ -25,7 +25,7 @@ from specrepro.decoding import (
     decode,
     decode_autoregressively,
     fill_gaps,
-    position_uniforms,
+    position_race_times,
 )
 from specrepro.target_model import Target
 
@@ -256,24 +256,31 @@ def test_seconds_are_split_over_the_parts_of_a_round(
     assert sum(parts.values()) <= generation.seconds
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 500])
-def test_draws_depend_on_seed_and_position_alone(length: int) -> None:
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64])
+def test_race_times_depend_on_seed_and_position_alone(length: int) -> None:
     seeds = [3, 2**40, 3, 11]
-    whole, draws = position_uniforms(seeds, 1000), position_uniforms(seeds, length)
-    assert torch.equal(draws, whole[:, :length])
+    whole, times = (position_race_times(seeds, n, 50) for n in (100, length))
+    assert torch.equal(times, whole[:, :length])
     for row, seed in enumerate(seeds):
-        assert torch.equal(position_uniforms([seed], length)[0], draws[row])
-    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
+        assert torch.equal(position_race_times([seed], length, 50)[0], times[row])
+    assert torch.equal(times[0], times[2]) and not torch.equal(times[0], times[3])
 
 
-def test_draws_of_neighbouring_seeds_are_uniform_and_unrelated() -> None:
-    draws = position_uniforms(range(4000), 3).double()
-    assert 0 <= draws.min() and draws.max() < 1
-    ranked = draws.sort(0).values - torch.linspace(0, 1, 4000).double()[:, None]
+def test_race_times_of_neighbouring_seeds_are_exponential_and_unrelated() -> None:
+    times = position_race_times(range(4000), 3, 1)[..., 0].double()
+    uniforms = (-times).exp()
+    assert 0 < uniforms.min() and uniforms.max() < 1
+    ranked = uniforms.sort(0).values - torch.linspace(0, 1, 4000).double()[:, None]
     assert ranked.abs().max() < 0.035, "Kolmogorov-Smirnov at about one in ten thousand"
-    neighbours = torch.cat([draws[:-1], draws[1:]], 1)
+    neighbours = torch.cat([uniforms[:-1], uniforms[1:]], 1)
     related = torch.corrcoef(neighbours.T) - torch.eye(6)
     assert related.abs().max() < 0.07, "four and a half standard errors"
+
+
+def test_small_race_times_are_not_multiples_of_a_step_of_float32() -> None:
+    # from uniforms of 24 bits, tokens rarer than 6e-8 would arrive too often or never
+    times = position_race_times(range(200), 500, 10_000).flatten().sort().values[:500]
+    assert times[0] > 0 and (times[1:] > times[:-1]).float().mean() > 0.99
 
 
 def probs_of_transformers(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

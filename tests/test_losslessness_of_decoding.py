@@ -171,7 +171,7 @@ def rejection_loop(residual: bool, renormalise: bool) -> Callable[..., Verdict]:
                 left[tokens[child]] *= not residual
         return path, [*emitted, rng.choices(range(VOCAB_SIZE), left)[0]]
 
-    def verify(tree: DraftTree, target_probs: Callable, uniforms: Tensor) -> Verdict:
+    def verify(tree: DraftTree, target_probs: Callable, race_times: Tensor) -> Verdict:
         B, N = tree.tokens.shape
         probs = torch.stack([target_probs(torch.full((B,), n)) for n in range(N)], 1).tolist()
         rows = [emit(tree, row, probs[row]) for row in range(B)]

@@ -382,8 +382,8 @@ def test_a_wrong_token_that_was_accepted_is_caught_and_placed(
     name = "verify_sample" if temperature else "verify_greedy"
     honest = getattr(decoding, name)
 
-    def lies_about_drafts(tree: DraftTree, *scores: object) -> Verdict:
-        verdict = honest(tree, *scores)
+    def lies_about_drafts(tree: DraftTree, scores: object, **randomness: Tensor) -> Verdict:
+        verdict = honest(tree, scores, **randomness)
         if tree.tokens.shape[1] > 1:
             verdict.bonus[:] = (verdict.bonus + 1) % 90
             verdict.tokens.scatter_(1, verdict.num_accepted[:, None], verdict.bonus[:, None])
@@ -399,6 +399,34 @@ def test_a_wrong_token_that_was_accepted_is_caught_and_placed(
     assert (found.loc[AUTOREGRESSIVE, "value"] == 0).all()
 
 
+@pytest.mark.parametrize("bound", [0.0, 1e6])
+def test_a_sampled_parting_is_excused_by_a_near_tie_and_a_greedy_one_by_nothing(
+    target, monkeypatch, bound
+) -> None:
+    def shifted(honest: Callable) -> Callable:
+        def lies_about_drafts(tree: DraftTree, at: Callable, **randomness: Tensor) -> Verdict:
+            shift = int(tree.tokens.shape[1] > 1)
+            return honest(tree, lambda nodes: at(nodes).roll(shift, -1), **randomness)
+
+        return lies_about_drafts
+
+    monkeypatch.setattr(losslessness, "near_tie_bound", lambda _: bound)
+    monkeypatch.setattr(decoding, "verify_sample", shifted(decoding.verify_sample))
+    honest = decoding.verify_greedy
+    monkeypatch.setattr(
+        decoding,
+        "verify_greedy",
+        lambda tree, at: honest(tree, lambda n: (at(n) + (tree.tokens.shape[1] > 1)) % 90),
+    )
+    found = losslessness.losslessness(
+        target, {"lies": Chain(target, 1)}, QUESTIONS, prompts="chat", max_new_tokens=8
+    ).set_index(["method", "temperature"])
+    sampled, greedy = found.loc[("lies", 1.0)], found.loc[("lies", 0.0)]
+    assert sampled["num_divergences"] == greedy["num_divergences"] == len(QUESTIONS)
+    assert sampled["value"] == (0 if bound else len(QUESTIONS)) and ", gap " in sampled["detail"]
+    assert greedy["value"] == len(QUESTIONS) and ", gap " not in greedy["detail"]
+
+
 def test_an_early_end_is_a_divergence() -> None:
     parted = losslessness.first_divergence("q0", [1, 2, 3], [1, 2])
     assert str(parted) == "q0 at new token 2: the end instead of 3"
@@ -409,8 +437,9 @@ def test_half_precision_excuses_near_ties_and_nothing_else(tiny_target_folder, m
     half = target_model.load(str(tiny_target_folder()), dtype="bfloat16")
     honest = decoding.verify_greedy
 
-    def lies_about_drafts(tree: DraftTree, choice: Tensor) -> Verdict:
-        return honest(tree, choice if choice.shape[1] == 1 else (choice + 1) % 90)
+    def lies_about_drafts(tree: DraftTree, choice: Callable[[Tensor], Tensor]) -> Verdict:
+        is_drafted = tree.tokens.shape[1] > 1
+        return honest(tree, lambda nodes: (choice(nodes) + is_drafted) % 90)
 
     monkeypatch.setattr(decoding, "verify_greedy", lies_about_drafts)
     methods = {"lies": Chain(half)}

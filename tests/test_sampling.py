@@ -23,7 +23,15 @@ from torch import Tensor
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
 from specrepro.draft_tree import DraftTree
-from specrepro.tree_verify import SAMPLING_MODES, verify_sample, verify_sample_reference
+from specrepro.tree_verify import (
+    SAMPLING_MODES,
+    draw,
+    race,
+    race_lead,
+    verify_sample,
+    verify_sample_reference,
+    vocabulary_grid,
+)
 
 BACKENDS = ("triton", "torch")
 REJECTING = SAMPLING_MODES[1:]
@@ -318,8 +326,12 @@ def sampled_batch(
                 masses, len(children), is_replaced, generator=rng
             )
     target = torch.cat([one.expand(B, 1, -1), two[tokens[:, 1:]]], 1)
-    arguments = dict(target_probs=target, uniforms=torch.rand(B, len(parents), generator=rng))
-    if mode != "coupled":
+    arguments = dict(target_probs=target)
+    if mode == "coupled":
+        width = sum(vocabulary_grid(vocab_size))
+        arguments["race_times"] = torch.empty(B, len(parents), width).exponential_(generator=rng)
+    else:
+        arguments["uniforms"] = torch.rand(B, len(parents), generator=rng)
         arguments["final_uniforms"] = torch.rand(B, generator=rng)
     if mode.endswith("_replacement"):
         arguments["draft_probs"] = torch.cat(
@@ -371,11 +383,15 @@ def test_kernel_torch_and_reference_agree_draw_by_draw(mode: str) -> None:
 
 
 def reference_of(tree: DraftTree, arguments: dict[str, Any], b: int) -> tuple[list[int], list[int]]:
-    uniforms = arguments["uniforms"][b].tolist()
-    final = arguments["final_uniforms"][b].item() if "final_uniforms" in arguments else None
+    uniforms, final = (
+        arguments[name][b].tolist() if name in arguments else None
+        for name in ("uniforms", "final_uniforms")
+    )
 
     def draw_token(node: int, masses: Sequence[float]) -> int:
-        threshold = (uniforms[node] if final is None else final) * sum(masses)
+        if final is None:
+            return race_reference(masses, arguments["race_times"][b, node].tolist())
+        threshold = final * sum(masses)
         return next(t for t, total in enumerate(itertools.accumulate(masses)) if total > threshold)
 
     q = arguments.get("draft_probs")
@@ -388,6 +404,48 @@ def reference_of(tree: DraftTree, arguments: dict[str, Any], b: int) -> tuple[li
         mode=arguments["mode"],
         draft_probs=None if q is None else q[b].tolist(),
     )
+
+
+def race_reference(masses: Sequence[float], times: Sequence[float]) -> int:
+    """The first row of the grid to arrive, then its first column; no mass never arrives."""
+    num_rows, num_columns = vocabulary_grid(len(masses))
+    grid = [masses[row * num_columns :][:num_columns] for row in range(num_rows)]
+    row = first_arrival([sum(one) for one in grid], times[:num_rows])
+    return row * num_columns + first_arrival(grid[row], times[num_rows:])
+
+
+def first_arrival(masses: Sequence[float], times: Sequence[float]) -> int:
+    pairs = zip(masses, times, strict=False)
+    arrivals = [time / mass if mass else float("inf") for mass, time in pairs]
+    return arrivals.index(min(arrivals))
+
+
+@pytest.mark.parametrize("vocab_size", [3, 4, 5, 16, 17, 40])
+def test_a_race_over_any_vocabulary_is_won_by_mass(vocab_size: int) -> None:
+    rng = torch.Generator().manual_seed(vocab_size)
+    masses = torch.rand(vocab_size, generator=rng) ** 3
+    masses[vocab_size // 2] = 0
+    times = torch.empty(40_000, sum(vocabulary_grid(vocab_size))).exponential_(generator=rng)
+    counts = torch.bincount(race(masses.expand(len(times), -1), times), minlength=vocab_size)
+    expected = (masses / masses.sum()).tolist()
+    assert is_plausible(counts, expected)
+    assert not is_plausible(counts, masses.roll(1).tolist())
+
+
+def test_rounding_turns_a_race_where_its_lead_says_so_and_an_inverted_distribution_anywhere() -> (
+    None
+):
+    # two passes over one prefix differ by some 1e-5 in every logit
+    rng = torch.Generator().manual_seed(0)
+    num_draws, vocab_size, noise = 400, 49_152, 2e-5
+    logits = 3 * torch.randn(num_draws, vocab_size, generator=rng)
+    moved = logits + noise * torch.randn(logits.shape, generator=rng)
+    p, q = logits.softmax(-1), moved.softmax(-1)
+    times = torch.empty(num_draws, sum(vocabulary_grid(vocab_size))).exponential_(generator=rng)
+    uniforms = torch.rand(num_draws, generator=rng)
+    is_turned = race(p, times) != race(q, times)
+    assert not (is_turned & (race_lead(p, times) > 10 * noise)).any()
+    assert is_turned.sum() <= 1 < (draw(p, uniforms) != draw(q, uniforms)).sum()
 
 
 def judge_one(
@@ -467,8 +525,13 @@ def test_all_tokens_drafted_and_refused_still_leave_one_with_mass(backend: str) 
     ("change", "message"),
     [
         (dict(mode="typical"), "unknown sampling mode 'typical'; choose coupled"),
-        (dict(final_uniforms=None), "needs final_uniforms"),
-        (dict(uniforms=torch.rand(1, 2)), "one per node"),
+        (dict(final_uniforms=None), r"needs final_uniforms \(1,\), not None"),
+        (dict(uniforms=torch.rand(1, 2)), r"needs uniforms \(1, 3\), not \(1, 2\)"),
+        (dict(mode="coupled", draft_probs=None), r"needs race_times \(1, 3, 4\).* not None"),
+        (
+            dict(mode="coupled", draft_probs=None, race_times=torch.rand(1, 3, 3)),
+            r"race_times .* not \(1, 3, 3\)",
+        ),
         (dict(draft_probs=None), "needs draft_probs"),
         (dict(mode="deterministic"), "takes no draft_probs"),
         (
