@@ -16,13 +16,13 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from specrepro import checkpoints, prompts, target_model
@@ -59,6 +59,22 @@ class Features:
     taps: Tensor  # (n, 3H)
     hidden: Tensor  # (n, H) final state
     choices: Tensor  # (n,) most probable next token
+
+
+@dataclass(slots=True)
+class Batch:
+    """Whole sequences with the frozen target's view of them, padded on the right."""
+
+    tokens: Tensor  # (b, n)
+    is_answer: Tensor  # (b, n) bool: the target's own words, end of turn included
+    choices: Tensor  # (b, n) the target's most probable next token at each position
+    taps: Tensor  # (b, n, 3H)
+    hidden: Tensor  # (b, n, H) final state
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On another device, features in another floating type."""
+        tensors = (getattr(self, field.name).to(device) for field in fields(self))
+        return Batch(*(t.to(dtype) if t.is_floating_point() else t for t in tensors))
 
 
 def generate(
@@ -375,15 +391,11 @@ class FeatureCache:
         ordered = sorted(self.answers, key=lambda answer: (answer.prompt_id, answer.seed))
         return Corpus(ordered).hash
 
-    def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> tuple[Tensor, ...]:
-        """Sequences `ids`, padded: tokens, is_answer, choices (b, n), taps (b, n, 3H), hidden (b,
-        n, H).
-        """
+    def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> Batch:
+        """Sequences `ids`, given the token ids of their prompts."""
         parts = [self._one(*self._places[i], prompt_ids) for i in ids]
-        return tuple(
-            torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
-            for column in zip(*parts, strict=True)
-        )
+        columns = zip(*parts, strict=True)
+        return Batch(*(nn.utils.rnn.pad_sequence(column, batch_first=True) for column in columns))
 
     def _one(
         self, part: Part, start: int, answer: Answer, prompt_ids: dict[str, list[int]]

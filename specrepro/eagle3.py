@@ -14,31 +14,22 @@ Departs from the paper:
 
 from __future__ import annotations
 
-import argparse
-import copy
-import itertools
-import json
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, draft_training, prompts
-from specrepro.decoding import decode
+from specrepro import checkpoints, corpus, recipes
 from specrepro.draft_training import soft_cross_entropy
 from specrepro.draft_tree import ROOT, DraftTree, keep_best
-from specrepro.target_model import EMBEDDED, Scores, Target
-from specrepro.target_model import load as load_target
+from specrepro.target_model import Scores, Target
 from specrepro.tree_verify import Verdict, attention_mask, packed_attention, prefix_mask, store_tree
 
-CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "eagle3"
-OVERRIDES = Path(__file__).parent / "embedded.yaml"
+CHECKPOINT = recipes.COMMITTED / "eagle3"
 RELEASED_FIELDS = {  # what the released config.json says of every head
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
     "hidden_act": "silu", "tie_word_embeddings": False,
@@ -285,22 +276,6 @@ def most_frequent_tokens(tokens: Tensor, vocab_size: int, draft_vocab_size: int)
 # --- training-time test
 
 
-@dataclass(slots=True)
-class Batch:
-    """Whole sequences with the frozen target's view of them, padded on the right."""
-
-    tokens: Tensor  # (b, n)
-    is_answer: Tensor  # (b, n) bool: the target's own words, end of turn included
-    choices: Tensor  # (b, n) the target's most probable next token at each position
-    taps: Tensor  # (b, n, 3H)
-    hidden: Tensor  # (b, n, H) final state
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On another device, features in another floating type."""
-        tensors = (getattr(self, field.name).to(device) for field in fields(self))
-        return Batch(*(t.to(dtype) if t.is_floating_point() else t for t in tensors))
-
-
 class TrainingTimeTest:
     """The loss of section 3.2: unroll the head on its own features, score every step."""
 
@@ -313,7 +288,7 @@ class TrainingTimeTest:
         self.is_drafted = torch.zeros(head.config.vocab_size, dtype=torch.bool, device=ids.device)
         self.is_drafted[ids] = True
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, batch: corpus.Batch) -> tuple[Tensor, dict[str, float]]:
         """Sum over steps of decay ** step times its loss, a mean over all rows, masked ones
         included.
         """
@@ -340,7 +315,7 @@ class TrainingTimeTest:
             )
         return total, _describe(agreement, masks[0].gather(1, rows) & is_row)
 
-    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _teacher(self, batch: corpus.Batch) -> tuple[Tensor, Tensor]:
         """Target logits (M, Vd) at every answer position, and where each position's are (b, n)."""
         is_read = batch.is_answer.clone()
         if self.config.reference_mask:  # which reads one position past the answer
@@ -348,7 +323,7 @@ class TrainingTimeTest:
         place = (is_read.flatten().cumsum(0) - 1).clamp_min(0).view_as(is_read)
         return batch.hidden[is_read].to(self.teacher_weight.dtype) @ self.teacher_weight.T, place
 
-    def _unroll(self, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
+    def _unroll(self, batch: corpus.Batch, rows: Tensor) -> Iterator[Tensor]:
         """Features (b, m, H) of the trained rows by step; the words are the data's."""
         head, layer = self.head, self.head.midlayer
         features = head.fc(batch.taps)
@@ -583,53 +558,38 @@ def read_config(config: dict[str, object], folder: Path | str) -> HeadConfig:
 # --- training
 
 
-def train(
-    target: Target,
-    features: corpus.FeatureCache,
-    folder: Path,
-    *,
-    draft_vocab_size: int = 32000,
-    config: TrainingConfig | None = None,
-    loop: draft_training.LoopConfig | None = None,
-    batch_tokens: int = 4096,
-    score: Callable[[DraftHead], float] | None = None,
-    resume: bool = False,
-) -> DraftHead:
-    """Train a head on cached target features; `score` (tau on held-out prompts) picks the best
-    state.
+@dataclass(frozen=True, slots=True)
+class Eagle3:
+    """Train an EAGLE-3 head."""
 
-    Under torchrun each process takes its own batches and gradients are averaged.
-    """
-    config, loop = config or TrainingConfig(), loop or draft_training.LoopConfig()
-    rank, num_ranks = draft_training.join_processes()
-    torch.manual_seed(loop.seed)
-    head = new_head(target, features.answers, draft_vocab_size, config)
-    loss = TrainingTimeTest(
-        head, target.model.get_input_embeddings().weight, target.head.weight, config
-    )
-    prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
-    batches = corpus.batch_order(
-        features.answers, batch_tokens, loop.seed, loop.total_steps * num_ranks
-    )
+    draft_vocab_size: int = 32000
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
-    def batch_at(step: int) -> Batch:
-        return Batch(*features.batch(batches[step * num_ranks + rank], prompt_ids)).to(
-            target.device, target.dtype
-        )
+    name: ClassVar[str] = "eagle3"
 
-    def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with torch.autocast(
-            target.device.type, torch.bfloat16, enabled=target.dtype != torch.float32
-        ):
-            return loss(batch)
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Eagle3:
+        """From a section of the overrides."""
+        tree, training = TreeConfig(**settings["tree"]), TrainingConfig(**settings["training"])
+        return cls(settings["draft_vocab_size"], tree, training)
 
-    identity = {
-        "corpus": features.hash, "head": asdict(head.config), "training": asdict(config),
-        "batch_tokens": batch_tokens, "processes": num_ranks,
-    }  # fmt: skip
-    return draft_training.train(
-        head, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity
-    )
+    def new_module(self, target: Target, answers: Sequence[corpus.Answer]) -> DraftHead:
+        """An untrained head over the most frequent answer tokens."""
+        return new_head(target, answers, self.draft_vocab_size, self.training)
+
+    def loss(self, head: DraftHead, target: Target) -> TrainingTimeTest:
+        """Training-time test on the target's features."""
+        embedding = target.model.get_input_embeddings().weight
+        return TrainingTimeTest(head, embedding, target.head.weight, self.training)
+
+    def drafter(self, head: DraftHead, target: Target) -> Drafter:
+        """The head with the tree it is to draft."""
+        return Drafter(head, target, self.tree)
+
+    def save(self, head: DraftHead, folder: Path) -> Path:
+        """The released layout; config.json also names the tree."""
+        return save_head(head, folder, self.tree)
 
 
 def new_head(
@@ -649,121 +609,6 @@ def new_head(
     elif config.lm_head_init != "random":
         raise ValueError(f"unknown lm_head_init {config.lm_head_init!r}; choose random or target")
     return head
-
-
-def held_out_questions(target: Target, num_prompts: int = 12) -> list[list[int]]:
-    """Prompts that choose among states: the last of two held-out sets, not the first."""
-    last = [
-        question
-        for name in ("chat", "instruction")
-        for question in prompts.load(name, 250)[-num_prompts // 2 :]
-    ]
-    return [prompts.encode(target.tokenizer, question) for question in last]
-
-
-def held_out_tau(
-    target: Target, head: DraftHead, tree: TreeConfig, questions: Sequence[Sequence[int]]
-) -> float:
-    """tau of greedily decoding 48 tokens of each question: all tokens over all target passes."""
-    drafter = Drafter(copy.deepcopy(head), target, tree)
-    runs = [decode(target, drafter, question, max_new_tokens=48) for question in questions]
-    return sum(len(run.tokens) - 1 for run in runs) / max(1, sum(run.num_passes for run in runs))
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything that makes a checkpoint for one target: the paper's values unless overridden."""
-
-    draft_vocab_size: int = 32000
-    tree: TreeConfig = field(default_factory=TreeConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    loop: draft_training.LoopConfig = field(default_factory=draft_training.LoopConfig)
-    batch_tokens: int = 4096
-
-    @classmethod
-    def of(cls, target: Target) -> Recipe:
-        """The overrides for the embedded target, the paper's own settings for every other."""
-        if target.name != EMBEDDED:
-            return cls()
-        own = yaml.safe_load(OVERRIDES.read_text())["eagle3"]
-        return cls(
-            own["draft_vocab_size"], TreeConfig(**own["tree"]), TrainingConfig(**own["training"]),
-            draft_training.LoopConfig(**own["loop"]), own["batch_tokens"],
-        )  # fmt: skip
-
-
-def make_checkpoint(
-    target: Target,
-    corpus_folder: Path,
-    work: Path,
-    destination: Path,
-    *,
-    recipe: Recipe | None = None,
-    epochs: float = 2.0,
-    evaluations: int = 4,
-    resume: bool = False,
-) -> Path:
-    """Train on the corpus's features for `epochs` and write the checkpoint with its card.
-
-    The state with the highest held-out tau of `evaluations` looks is the one that is kept.
-    """
-    recipe, began = recipe or Recipe.of(target), time.perf_counter()
-    features = corpus.FeatureCache(corpus_folder, target.hidden_size)
-    _, num_ranks = draft_training.join_processes()
-    steps = corpus.num_batches(features.answers, recipe.batch_tokens, epochs) // num_ranks
-    loop = replace(
-        recipe.loop, total_steps=max(1, steps), evaluate_every=max(1, steps // evaluations)
-    )
-    questions = held_out_questions(target)
-    head = train(
-        target, features, work, draft_vocab_size=recipe.draft_vocab_size, config=recipe.training,
-        loop=loop, batch_tokens=recipe.batch_tokens, resume=resume,
-        score=lambda head: held_out_tau(target, head, recipe.tree, questions),
-    )  # fmt: skip
-    if draft_training.is_first_process():
-        save_head(head, destination, recipe.tree)
-        card = {
-            "target": target.name, "corpus": features.hash,
-            "answer_tokens": features.num_answer_tokens, "epochs": epochs,
-            "steps": loop.total_steps, "processes": num_ranks, "batch_tokens": recipe.batch_tokens,
-            "recipe": asdict(recipe.training) | asdict(loop),
-            "minutes": round((time.perf_counter() - began) / 60, 1),
-            # the best of these looks, so it flatters; and only of the tree it was taken with
-            "held_out_tau": round(draft_training.best_score(work), 3),
-            "held_out_tau_by_step": draft_training.scores(work),
-            "held_out_prompts": len(questions),
-            "held_out_tree": asdict(recipe.tree),
-            "command": " ".join(["python", "-m", "specrepro.eagle3", *sys.argv[1:]]),
-        }  # fmt: skip
-        checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
-    return destination
-
-
-def obtain_checkpoint(
-    target: Target,
-    checkpoint: str = "",
-    *,
-    from_scratch: bool = False,
-    work: Path = Path("runs/eagle3"),
-    epochs: float = 2.0,
-    num_answers: int | None = None,
-) -> Path:
-    """The checkpoint to draft with: the folder named, the committed one, or one trained here.
-
-    A target without a committed corpus answers the training prompts itself first. Goes on where it
-    was interrupted.
-    """
-    if not from_scratch:
-        return Path(checkpoint or CHECKPOINT)
-    features = work / "features"
-    if target.name == EMBEDDED and corpus.has_answers(corpus.COMMITTED):
-        corpus.recompute(target, corpus.load(corpus.COMMITTED).first(num_answers).answers, features)
-    else:
-        questions = list(itertools.islice(prompts.training_prompts(), num_answers))
-        corpus.generate(target, questions, features)
-    return make_checkpoint(
-        target, features, work / "training", work / "checkpoint", epochs=epochs, resume=True
-    )
 
 
 def drafters(
@@ -806,32 +651,5 @@ def sweep(
 DRAFTERS = drafters()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m specrepro.eagle3 <corpus> <destination>`, alone or under torchrun."""
-    parser = argparse.ArgumentParser(
-        prog="python -m specrepro.eagle3", description="Train an EAGLE-3 head."
-    )
-    parser.add_argument(
-        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
-    )
-    parser.add_argument("destination", type=Path, help="where the checkpoint goes")
-    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/eagle3"), help="training state and log"
-    )
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument(
-        "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
-    )
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    make_checkpoint(
-        load_target(options.target), options.corpus, options.work, options.destination,
-        epochs=options.epochs, resume=options.resume,
-    )  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    recipes.main(Eagle3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +62,16 @@ def answers_of(folder: Path) -> dict[str, Answer]:
     return found
 
 
+def columns_of(batch: corpus.Batch) -> list[Tensor]:
+    return [getattr(batch, field.name) for field in fields(batch)]
+
+
 def sequences_of(target: Target, folder: Path) -> dict[str, tuple[Tensor, ...]]:
     """tokens, is_answer, choices, taps and states of each prompt, one sequence at a time."""
     cache = FeatureCache(folder, target.hidden_size)
     ids = corpus.prompt_ids(target.tokenizer, cache.answers)
     return {
-        answer.prompt_id: tuple(column[0] for column in cache.batch([place], ids))
+        answer.prompt_id: tuple(column[0] for column in columns_of(cache.batch([place], ids)))
         for place, answer in enumerate(cache.answers)
     }
 
@@ -256,7 +260,7 @@ def test_interrupted_recomputation_goes_on(target, whole, tmp_path):
 def test_a_batch_of_features_is_padded_and_kept_in_bfloat16(target, whole):
     cache = FeatureCache(whole, target.hidden_size)
     ids = corpus.prompt_ids(target.tokenizer, cache.answers)
-    tokens, is_answer, choices, taps, hidden = cache.batch([0, 1, 2], ids)
+    tokens, is_answer, choices, taps, hidden = columns_of(cache.batch([0, 1, 2], ids))
     lengths = [answer.num_tokens for answer in cache.answers[:3]]
     assert len(set(lengths)) > 1, "nothing to pad"
     assert tokens.shape == is_answer.shape == choices.shape == (3, max(lengths))

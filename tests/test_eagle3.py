@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, draft_training, eagle3, prompts, target_model
+from specrepro import checkpoints, corpus, draft_training, eagle3, target_model
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import PADDING, ROOT, DraftTree
 from specrepro.eagle3 import (
-    Batch,
     Drafter,
     DraftHead,
     HeadConfig,
@@ -56,12 +55,12 @@ def make_head(target: Target, draft_vocab_size: int = DRAFT_VOCABULARY, seed: in
     return head
 
 
-def make_batch(target: Target, tokens: Tensor, is_answer: Tensor) -> Batch:
+def make_batch(target: Target, tokens: Tensor, is_answer: Tensor) -> corpus.Batch:
     taps, hidden = target.features(tokens)
-    return Batch(tokens, is_answer, target.logits(hidden).argmax(-1), taps, hidden)
+    return corpus.Batch(tokens, is_answer, target.logits(hidden).argmax(-1), taps, hidden)
 
 
-def two_conversations(target: Target) -> Batch:
+def two_conversations(target: Target) -> corpus.Batch:
     """20 tokens each; the answers are 6 to 19 and 9 to 16."""
     tokens = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
     is_answer = torch.zeros(2, 20, dtype=torch.bool)
@@ -74,11 +73,11 @@ def training_time_test(head: DraftHead, target: Target, **config: object) -> Tra
     return TrainingTimeTest(head, embedding, target.head.weight, TrainingConfig(**config))
 
 
-def all_rows(batch: Batch) -> Tensor:
+def all_rows(batch: corpus.Batch) -> Tensor:
     return torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
 
 
-def unrolled(head: DraftHead, target: Target, batch: Batch, steps: int) -> list[Tensor]:
+def unrolled(head: DraftHead, target: Target, batch: corpus.Batch, steps: int) -> list[Tensor]:
     """Features (b, n, H) of every row after each step, by the trainer's own code."""
     test = training_time_test(head, target, steps=steps)
     return list(test._unroll(batch, all_rows(batch)))
@@ -148,7 +147,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def loss_reference(
-    head: DraftHead, target: Target, batch: Batch, steps: int, decay: float = 0.8
+    head: DraftHead, target: Target, batch: corpus.Batch, steps: int, decay: float = 0.8
 ) -> Tensor:
     """Row by row: decay ** j / (b n) times the soft cross-entropy of each row that counts."""
     embedding, ids = target.model.get_input_embeddings().weight, head.draft_token_ids()
@@ -469,7 +468,7 @@ def memorised(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Draft
     return draft_training.train(head, lambda step: batch, test, loop, folder)
 
 
-def conversation(target: Target, prompt: list[int], answer: list[int]) -> Batch:
+def conversation(target: Target, prompt: list[int], answer: list[int]) -> corpus.Batch:
     tokens = torch.tensor([prompt + answer])
     return make_batch(target, tokens, torch.arange(tokens.shape[1])[None] >= len(prompt))
 
@@ -779,98 +778,6 @@ def test_what_is_saved_drafts_the_same_and_keeps_its_tree(target, tmp_path):
     assert torch.equal(loaded.d2t, head.d2t)
     assert torch.equal(loaded.fc.weight, head.fc.weight.bfloat16().float())
     assert Drafter.load(tmp_path, target).tree == tree
-
-
-# --- training a checkpoint
-
-
-@pytest.fixture(scope="module")
-def chat_target(tiny_chat_folder: Path) -> Target:
-    return target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def training_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions = [
-        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
-        for n in range(12)
-    ]
-    monkeypatch.setattr(prompts, "training_prompts", lambda: iter(questions))
-    monkeypatch.setattr(eagle3, "held_out_questions", lambda target: [PROMPT, OTHER_PROMPTS[0]])
-
-
-@pytest.fixture
-def features(chat_target: Target, tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    questions = list(prompts.training_prompts())
-    corpus.generate(chat_target, questions, folder, max_new_tokens=12, batch_size=6)
-    return folder
-
-
-RECIPE = eagle3.Recipe(
-    DRAFT_VOCABULARY, TreeConfig(2, 3, 8), TrainingConfig(steps=2),
-    draft_training.LoopConfig(learning_rate=1e-3, warmup_steps=2), batch_tokens=120,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_from_features_leaves_a_checkpoint_that_drafts(
-    tiny_chat_folder, features, tmp_path, dtype
-):
-    target = target_model.load(str(tiny_chat_folder), dtype=dtype, device="cpu")
-    out = eagle3.make_checkpoint(
-        target, features, tmp_path / "work", tmp_path / "out", recipe=RECIPE, epochs=3
-    )
-    card = json.loads((out / "card.json").read_text())
-    cache = corpus.FeatureCache(features, target.hidden_size)
-    assert card["corpus"] == cache.hash and card["processes"] == 1
-    lines = [
-        json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()
-    ]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == card["steps"] > 6 and sum(losses[-3:]) < sum(losses[:3])
-    assert card["held_out_tau"] == max(round(x["score"], 3) for x in lines if "score" in x) >= 1
-    drafter = Drafter.load(out, target)
-    assert drafter.tree == RECIPE.tree
-    run = decode(target, drafter, PROMPT, max_new_tokens=20)
-    if dtype == "float32":
-        assert run.tokens == decode_autoregressively(target, PROMPT, max_new_tokens=20).tokens
-
-
-def test_another_draft_vocabulary_refuses_to_resume(chat_target, features, tmp_path):
-    folders = features, tmp_path / "work", tmp_path / "out"
-    eagle3.make_checkpoint(chat_target, *folders, recipe=RECIPE, epochs=0.1)
-    changed = replace(RECIPE, draft_vocab_size=30)
-    with pytest.raises(ValueError, match=r"head\.draft_vocab_size was 40 and is 30"):
-        eagle3.make_checkpoint(chat_target, *folders, recipe=changed, epochs=0.1, resume=True)
-
-
-def test_processes_share_the_batches_of_each_step(chat_target, features, tmp_path, monkeypatch):
-    """Two processes see in one step what one process sees in two."""
-
-    def batches_of(rank: int, num_ranks: int, num_steps: int) -> list[list[list[int]]]:
-        seen = []
-        monkeypatch.setattr(draft_training, "join_processes", lambda: (rank, num_ranks))
-        monkeypatch.setattr(
-            draft_training, "train", lambda head, batch_at, *_, **__: seen.append(batch_at)
-        )
-        loop = replace(RECIPE.loop, total_steps=num_steps)
-        cache = corpus.FeatureCache(features, chat_target.hidden_size)
-        eagle3.train(chat_target, cache, tmp_path, draft_vocab_size=30, loop=loop, batch_tokens=120)
-        return [seen[0](step).tokens.tolist() for step in range(num_steps)]
-
-    alone = batches_of(0, 1, 6)
-    assert alone[::2] == batches_of(0, 2, 3) and alone[1::2] == batches_of(1, 2, 3)
-    assert alone[0] != alone[1]
-
-
-def test_recipe_overrides_the_paper_for_the_embedded_target_alone(target, monkeypatch):
-    assert eagle3.Recipe.of(target) == eagle3.Recipe()
-    assert (eagle3.Recipe().training.steps, eagle3.Recipe().loop.learning_rate) == (5, 5e-5)
-    monkeypatch.setattr(target, "name", "smollm2")
-    own = eagle3.Recipe.of(target)
-    assert own.draft_vocab_size < 32000 and own.tree.total_tokens < 60
-    assert own.loop.learning_rate > 5e-5 and own.training.step_decay == 0.8
 
 
 def test_loaders_draft_a_tree_and_a_chain_of_the_same_head(target, tmp_path):

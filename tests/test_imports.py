@@ -17,9 +17,7 @@ PACKAGE = ROOT / "specrepro"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 NGRAM = {"decoding", "draft_tree", "target_model"}
-EAGLE3 = NGRAM | {
-    "tree_verify", "checkpoints", "draft_training", "corpus", "experiment", "prompts",
-}  # fmt: skip
+EAGLE3 = NGRAM | {"tree_verify", "checkpoints", "draft_training", "corpus", "recipes"}
 EXTENDS_EAGLE3 = EAGLE3 | {"eagle3"}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "__init__": set(),
@@ -38,6 +36,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "decoding", "target_model", "tree_verify", "prompts", "assets", "checkpoints",
     },
     "draft_training": {"checkpoints"},
+    "recipes": {
+        "checkpoints", "corpus", "decoding", "draft_training", "prompts", "target_model",
+    },
     "measure": {"decoding", "target_model", "draft_tree"},
     "rows": {"measure", "target_model"},
     "losslessness": {"measure", "decoding", "target_model"},

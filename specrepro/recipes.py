@@ -1,0 +1,242 @@
+"""How a drafter's checkpoint is made: a corpus, a method, a run of training, a card.
+
+Every trained drafter takes this road: the committed corpus, or one that the target answers first;
+features of the frozen target; the loop of `draft_training`; the state with the highest tau on
+held-out prompts; a checkpoint with a card that says all this. A paper brings a `Method`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from specrepro import checkpoints, corpus, draft_training, prompts
+from specrepro.decoding import Drafter, decode
+from specrepro.target_model import EMBEDDED, Target
+from specrepro.target_model import load as load_target
+
+COMMITTED = Path(__file__).parent.parent / "checkpoints"
+OVERRIDES = Path(__file__).parent / "embedded.yaml"
+
+
+class Method(Protocol):
+    """What a paper brings to be trained; a frozen dataclass of its settings, the paper's values."""
+
+    name: str  # of its checkpoint folder and of its section among the overrides
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Method:
+        """The method with the `settings` that a YAML section overrides."""
+
+    def new_module(self, target: Target, answers: Sequence[corpus.Answer]) -> nn.Module:
+        """What is trained, as it begins."""
+
+    def loss(self, module: nn.Module, target: Target) -> draft_training.Loss:
+        """Loss of a `corpus.Batch`, and what to log."""
+
+    def drafter(self, module: nn.Module, target: Target) -> Drafter:
+        """The module at work."""
+
+    def save(self, module: nn.Module, folder: Path) -> object:
+        """Write the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything but the corpus that makes a checkpoint."""
+
+    method: Method
+    loop: draft_training.LoopConfig = field(default_factory=draft_training.LoopConfig)
+    batch_tokens: int = 4096  # of each process
+    epochs: float = 2.0
+
+    @classmethod
+    def of(cls, method: type[Method], target: Target) -> Recipe:
+        """The overrides for the embedded target, the paper's own settings for every other."""
+        if target.name != EMBEDDED:
+            return cls(method())
+        own = yaml.safe_load(OVERRIDES.read_text())[method.name]
+        loop = draft_training.LoopConfig(**own.pop("loop"))
+        sizes = {name: own.pop(name) for name in ("batch_tokens", "epochs")}
+        return cls(method.of(own), loop, **sizes)
+
+
+def train(
+    recipe: Recipe,
+    target: Target,
+    features: corpus.FeatureCache,
+    folder: Path,
+    *,
+    score: Callable[[nn.Module], float] | None = None,
+    resume: bool = False,
+) -> nn.Module:
+    """Train the recipe's module on cached target features for `recipe.loop.total_steps`.
+
+    `score` (tau on held-out prompts) picks the best state. Under torchrun each process takes its
+    own batches and gradients are averaged.
+    """
+    loop = recipe.loop
+    rank, num_ranks = draft_training.join_processes()
+    torch.manual_seed(loop.seed)
+    module = recipe.method.new_module(target, features.answers)
+    loss = recipe.method.loss(module, target)
+    prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
+    batches = corpus.batch_order(
+        features.answers, recipe.batch_tokens, loop.seed, loop.total_steps * num_ranks
+    )
+
+    def batch_at(step: int) -> corpus.Batch:
+        batch = features.batch(batches[step * num_ranks + rank], prompt_ids)
+        return batch.to(target.device, target.dtype)
+
+    def loss_of(batch: corpus.Batch) -> tuple[Tensor, dict[str, float]]:
+        is_half = target.dtype != torch.float32
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=is_half):
+            return loss(batch)
+
+    identity = {
+        "corpus": features.hash, "method": asdict(recipe.method),
+        "batch_tokens": recipe.batch_tokens, "processes": num_ranks,
+    }  # fmt: skip
+    return draft_training.train(
+        module, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity
+    )
+
+
+def make_checkpoint(
+    recipe: Recipe,
+    target: Target,
+    corpus_folder: Path,
+    work: Path,
+    destination: Path,
+    *,
+    evaluations: int = 4,
+    resume: bool = False,
+) -> Path:
+    """Train on the corpus's features for `recipe.epochs` and write the checkpoint with its card.
+
+    The state with the highest held-out tau of `evaluations` looks is the one that is kept.
+    """
+    began = time.perf_counter()
+    features = corpus.FeatureCache(corpus_folder, target.hidden_size)
+    _, num_ranks = draft_training.join_processes()
+    steps = corpus.num_batches(features.answers, recipe.batch_tokens, recipe.epochs) // num_ranks
+    every = max(1, steps // evaluations)
+    loop = replace(recipe.loop, total_steps=max(1, steps), evaluate_every=every)
+    recipe, questions = replace(recipe, loop=loop), held_out_questions(target)
+    module = train(
+        recipe, target, features, work, resume=resume,
+        score=lambda module: held_out_tau(recipe.method, module, target, questions),
+    )  # fmt: skip
+    if draft_training.is_first_process():
+        recipe.method.save(module, destination)
+        minutes = round((time.perf_counter() - began) / 60, 1)
+        card = _card(recipe, target, features, work, len(questions))
+        card |= {"processes": num_ranks, "minutes_of_the_last_stretch": minutes}
+        checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
+    return destination
+
+
+def _card(
+    recipe: Recipe, target: Target, features: corpus.FeatureCache, work: Path, num_questions: int
+) -> dict[str, Any]:
+    return {
+        "target": target.name,
+        "corpus": features.hash,
+        "answer_tokens": features.num_answer_tokens,
+        "recipe": asdict(recipe),
+        # the best of these looks, so it flatters; and only of the tree it was taken with
+        "held_out_tau": round(draft_training.best_score(work), 3),
+        "held_out_tau_by_step": draft_training.scores(work),
+        "held_out_prompts": num_questions,
+        "command": " ".join(["python", "-m", f"specrepro.{recipe.method.name}", *sys.argv[1:]]),
+    }
+
+
+def held_out_questions(target: Target, num_prompts: int = 12) -> list[list[int]]:
+    """Prompts that choose among states: the last of two held-out sets, not the first."""
+    last = [
+        question
+        for name in ("chat", "instruction")
+        for question in prompts.load(name, 250)[-num_prompts // 2 :]
+    ]
+    return [prompts.encode(target.tokenizer, question) for question in last]
+
+
+def held_out_tau(
+    method: Method, module: nn.Module, target: Target, questions: Sequence[Sequence[int]]
+) -> float:
+    """tau of greedily decoding 48 tokens of each question: all tokens over all target passes."""
+    drafter = method.drafter(copy.deepcopy(module), target)
+    runs = [decode(target, drafter, question, max_new_tokens=48) for question in questions]
+    return sum(len(run.tokens) - 1 for run in runs) / max(1, sum(run.num_passes for run in runs))
+
+
+def obtain_checkpoint(
+    method: type[Method],
+    target: Target,
+    checkpoint: str = "",
+    *,
+    from_scratch: bool = False,
+    work: Path | None = None,
+    recipe: Recipe | None = None,
+    num_answers: int | None = None,
+) -> Path:
+    """The checkpoint to draft with: the folder named, the committed one, or one trained here.
+
+    A target without a committed corpus answers the training prompts itself first. Goes on where it
+    was interrupted.
+    """
+    if not from_scratch:
+        return Path(checkpoint or COMMITTED / method.name)
+    work, recipe = work or Path("runs") / method.name, recipe or Recipe.of(method, target)
+    features = work.parent / "features" / Path(target.name).name  # one for all papers
+    if target.name == EMBEDDED and corpus.has_answers(corpus.COMMITTED):
+        corpus.recompute(target, corpus.load(corpus.COMMITTED).first(num_answers).answers, features)
+    else:
+        questions = list(itertools.islice(prompts.training_prompts(), num_answers))
+        corpus.generate(target, questions, features)
+    return make_checkpoint(
+        recipe, target, features, work / "training", work / "checkpoint", resume=True
+    )
+
+
+def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
+    """`python -m specrepro.<paper> <corpus> <destination>`, alone or under torchrun."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m specrepro.{method.name}", description=method.__doc__
+    )
+    parser.add_argument(
+        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
+    )
+    parser.add_argument("destination", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
+    parser.add_argument(
+        "--work", type=Path, help="training state and log; runs/<paper> if left out"
+    )
+    parser.add_argument("--epochs", type=float, help="over the corpus; the recipe's if left out")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
+    )
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    target = load_target(options.target)
+    recipe = Recipe.of(method, target)
+    make_checkpoint(
+        replace(recipe, epochs=options.epochs or recipe.epochs), target, options.corpus,
+        options.work or Path("runs") / method.name, options.destination, resume=options.resume,
+    )  # fmt: skip
