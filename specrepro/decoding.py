@@ -8,6 +8,7 @@ different lengths and end at different times.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -136,8 +137,11 @@ class Generation:
 
     @property
     def tau(self) -> float:
-        """Tokens emitted per target pass, bonus included, prefill and its own token left out."""
-        return (len(self.tokens) - 1) / max(self.num_passes, 1)
+        """Tokens emitted per target pass, bonus included, prefill and its own token left out.
+
+        NaN where the sequence ended with the prefill: there was no pass.
+        """
+        return (len(self.tokens) - 1) / self.num_passes if self.num_passes else math.nan
 
 
 class Clock:

@@ -79,18 +79,21 @@ def train(
     features: corpus.FeatureCache,
     folder: Path,
     *,
+    start: Path | None = None,
     score: Callable[[nn.Module], float] | None = None,
     resume: bool = False,
 ) -> nn.Module:
     """Train the recipe's module on cached target features for `recipe.loop.total_steps`.
 
-    `score` (tau on held-out prompts) picks the best state. Under torchrun each process takes its
-    own batches and gradients are averaged.
+    It begins anew, or from the checkpoint `start`. `score` (tau on held-out prompts) picks the best
+    state. Under torchrun each process takes its own batches and gradients are averaged.
     """
     loop = recipe.loop
     rank, num_ranks = draft_training.join_processes()
     torch.manual_seed(loop.seed)
     module = recipe.method.new_module(target, features.answers)
+    if start is not None:
+        checkpoints.load_strictly(module, checkpoints.load(start)[0])
     loss = recipe.method.loss(module, target)
     prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
     batches = corpus.batch_order(
@@ -108,7 +111,7 @@ def train(
 
     identity = {
         "corpus": features.hash, "method": asdict(recipe.method),
-        "batch_tokens": recipe.batch_tokens, "processes": num_ranks,
+        "batch_tokens": recipe.batch_tokens, "processes": num_ranks, "start": _digest(start),
     }  # fmt: skip
     return draft_training.train(
         module, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity
@@ -122,12 +125,13 @@ def make_checkpoint(
     work: Path,
     destination: Path,
     *,
+    start: Path | None = None,
     evaluations: int = 4,
     resume: bool = False,
 ) -> Path:
     """Train on the corpus's features for `recipe.epochs` and write the checkpoint with its card.
 
-    The state with the highest held-out tau of `evaluations` looks is the one that is kept.
+    The head begins anew, or from the checkpoint `start`, whose card is then part of its own. The state with the highest held-out tau of `evaluations` looks is the one that is kept.
     """
     began = time.perf_counter()
     features = corpus.FeatureCache(corpus_folder, target.hidden_size)
@@ -137,7 +141,7 @@ def make_checkpoint(
     loop = replace(recipe.loop, total_steps=max(1, steps), evaluate_every=every)
     recipe, questions = replace(recipe, loop=loop), held_out_questions(target)
     module = train(
-        recipe, target, features, work, resume=resume,
+        recipe, target, features, work, start=start, resume=resume,
         score=lambda module: held_out_tau(recipe.method, module, target, questions),
     )  # fmt: skip
     if draft_training.is_first_process():
@@ -145,8 +149,19 @@ def make_checkpoint(
         minutes = round((time.perf_counter() - began) / 60, 1)
         card = _card(recipe, target, features, work, len(questions))
         card |= {"processes": num_ranks, "minutes_of_the_last_stretch": minutes}
+        if start is not None:
+            card["start"] = {"sha256": _digest(start)} | _card_of(start)
         checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
     return destination
+
+
+def _digest(folder: Path | None) -> str | None:
+    return None if folder is None else checkpoints.digest(folder)
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    path = folder / "card.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _card(
@@ -226,6 +241,8 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, help="training state and log; runs/<paper> if left out"
     )
+    parser.add_argument("--start", type=Path, help="checkpoint folder to begin from")
+    parser.add_argument("--evaluations", type=int, default=4, help="looks at held-out tau")
     parser.add_argument("--epochs", type=float, help="over the corpus; the recipe's if left out")
     parser.add_argument(
         "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
@@ -238,5 +255,6 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     recipe = Recipe.of(method, target)
     make_checkpoint(
         replace(recipe, epochs=options.epochs or recipe.epochs), target, options.corpus,
-        options.work or Path("runs") / method.name, options.destination, resume=options.resume,
+        options.work or Path("runs") / method.name, options.destination, start=options.start,
+        evaluations=options.evaluations, resume=options.resume,
     )  # fmt: skip

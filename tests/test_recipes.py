@@ -79,6 +79,17 @@ def test_another_draft_vocabulary_refuses_to_resume(target, features, tmp_path):
         recipes.make_checkpoint(changed, target, *folders, resume=True)
 
 
+def test_training_goes_on_from_another_checkpoint_and_the_card_says_so(target, features, tmp_path):
+    first = recipes.make_checkpoint(RECIPE, target, features, tmp_path / "a", tmp_path / "first")
+    still = replace(RECIPE, loop=replace(RECIPE.loop, learning_rate=0.0))
+    second = tmp_path / "second"
+    recipes.make_checkpoint(still, target, features, tmp_path / "b", second, start=first)
+    assert checkpoints.digest(second) == checkpoints.digest(first), "nothing was learnt on top"
+    card = json.loads((second / "card.json").read_text())
+    assert card["start"]["sha256"] == checkpoints.digest(first)
+    assert card["start"]["recipe"] == json.loads((first / "card.json").read_text())["recipe"]
+
+
 def test_processes_share_the_batches_of_each_step(target, features, tmp_path, monkeypatch):
     """Two processes see in one step what one process sees in two."""
 
