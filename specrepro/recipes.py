@@ -131,7 +131,8 @@ def make_checkpoint(
 ) -> Path:
     """Train on the corpus's features for `recipe.epochs` and write the checkpoint with its card.
 
-    The head begins anew, or from the checkpoint `start`, whose card is then part of its own. The state with the highest held-out tau of `evaluations` looks is the one that is kept.
+    The head begins anew, or from the checkpoint `start`, whose card is then part of its own. The
+    state with the highest held-out tau of `evaluations` looks is the one that is kept.
     """
     began = time.perf_counter()
     features = corpus.FeatureCache(corpus_folder, target.hidden_size)
@@ -242,6 +243,7 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         "--work", type=Path, help="training state and log; runs/<paper> if left out"
     )
     parser.add_argument("--start", type=Path, help="checkpoint folder to begin from")
+    parser.add_argument("--learning-rate", type=float, help="the recipe's if left out")
     parser.add_argument("--evaluations", type=int, default=4, help="looks at held-out tau")
     parser.add_argument("--epochs", type=float, help="over the corpus; the recipe's if left out")
     parser.add_argument(
@@ -253,8 +255,14 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     target = load_target(options.target)
     recipe = Recipe.of(method, target)
+    rate = options.learning_rate or recipe.loop.learning_rate
+    recipe = replace(
+        recipe,
+        loop=replace(recipe.loop, learning_rate=rate),
+        epochs=options.epochs or recipe.epochs,
+    )
     make_checkpoint(
-        replace(recipe, epochs=options.epochs or recipe.epochs), target, options.corpus,
+        recipe, target, options.corpus,
         options.work or Path("runs") / method.name, options.destination, start=options.start,
         evaluations=options.evaluations, resume=options.resume,
     )  # fmt: skip

@@ -49,17 +49,14 @@ def _splits_of(length, min_split, max_splits):
 
 
 @triton.jit
-def _slot_offsets(
-    table_ptr, sequence, slots, is_used, page_size, num_pages, page_stride, slot_stride,
-    PAGED: tl.constexpr,
-):  # fmt: skip
-    """Where slots of a sequence lie; a contiguous cache is one whose page is a whole sequence."""
-    page = sequence
+def _find_slots(table_ptr, sequence, slots, is_used, page_size, num_pages, PAGED: tl.constexpr):
+    """Page and place of slots of a sequence; a contiguous cache has one page for each sequence."""
+    page, place = sequence, slots
     if PAGED:
         at = table_ptr + sequence * num_pages + slots // page_size
         page = tl.load(at, mask=is_used, other=0).to(tl.int64)
-        slots = slots % page_size
-    return page * page_stride + slots.to(tl.int64) * slot_stride
+        place = slots % page_size
+    return page, place.to(tl.int64)
 
 
 @triton.jit
@@ -102,6 +99,24 @@ def _absorb(scores, values, best, total, acc, PRECISION: tl.constexpr):
     return new_best, total, acc
 
 
+@triton.jit
+def _attend_block(
+    q, keys, values, is_seen, scale, cap, best, total, acc,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    scores = _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION)
+    scores = tl.where(is_seen, scores, float("-inf"))
+    return _absorb(scores, values, best, total, acc, PRECISION)
+
+
+@triton.jit
+def _ancestors(words_ptr, sequence, nodes, is_row, first, N, BLOCK_T: tl.constexpr):
+    """Which of the nodes from `first` on are ancestors: one word of bits for each row."""
+    at = (sequence * N + nodes) * tl.cdiv(N, BLOCK_T) + first // BLOCK_T
+    words = tl.load(words_ptr + at, mask=is_row, other=0)
+    return (words[:, None] >> tl.arange(0, BLOCK_T)[None, :].to(tl.uint32)) & 1 != 0
+
+
 @triton.jit(do_not_specialize=["N", "capacity", "num_pages", "min_split", "max_splits", "window"])
 def tree_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, lengths_ptr, num_nodes_ptr,
@@ -142,20 +157,19 @@ def tree_attention_kernel(
     for first in range(start, stop, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
         is_used = slots < stop
-        at = head * k_cache_head + _slot_offsets(
-            table_ptr, sequence, slots, is_used, page_size, num_pages, k_page, k_slot, PAGED
+        page, place = _find_slots(
+            table_ptr, sequence, slots, is_used, page_size, num_pages, PAGED
         )
+        at = page * k_page + place * k_slot + head * k_cache_head
         keys = _load_vectors(k_cache_ptr, at, is_used, D, BLOCK_D)
-        at = head * v_cache_head + _slot_offsets(
-            table_ptr, sequence, slots, is_used, page_size, num_pages, v_page, v_slot, PAGED
-        )
+        at = page * v_page + place * v_slot + head * v_cache_head
         values = _load_vectors(v_cache_ptr, at, is_used, D, BLOCK_D)
         is_seen = is_used[None, :]
         if HAS_WINDOW:
             is_seen = is_seen & (length + depths[:, None] - slots[None, :] < window)
-        scores = _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION)
-        scores = tl.where(is_seen, scores, float("-inf"))
-        best, total, acc = _absorb(scores, values, best, total, acc, PRECISION)
+        best, total, acc = _attend_block(
+            q, keys, values, is_seen, scale, cap, best, total, acc, HAS_SOFTCAP, PRECISION
+        )
 
     if split == num_splits - 1:
         for first in range(0, num_nodes, BLOCK_T):
@@ -168,24 +182,20 @@ def tree_attention_kernel(
             if tl.program_id(1) == 0:
                 slots = length + drafted
                 is_room = is_drafted & (slots < capacity)
-                at = head * k_cache_head + _slot_offsets(
-                    table_ptr, sequence, slots, is_room, page_size, num_pages, k_page, k_slot, PAGED
+                page, place = _find_slots(
+                    table_ptr, sequence, slots, is_room, page_size, num_pages, PAGED
                 )
+                at = page * k_page + place * k_slot + head * k_cache_head
                 _store_vectors(k_cache_ptr, at, keys, is_room, D, BLOCK_D)
-                at = head * v_cache_head + _slot_offsets(
-                    table_ptr, sequence, slots, is_room, page_size, num_pages, v_page, v_slot, PAGED
-                )
+                at = page * v_page + place * v_slot + head * v_cache_head
                 _store_vectors(v_cache_ptr, at, values, is_room, D, BLOCK_D)
-            word_offsets = (sequence * N + nodes) * tl.cdiv(N, BLOCK_T) + first // BLOCK_T
-            words = tl.load(words_ptr + word_offsets, mask=is_row, other=0)
-            bits = words[:, None] >> tl.arange(0, BLOCK_T)[None, :].to(tl.uint32)
-            is_seen = (bits & 1) != 0
+            is_seen = _ancestors(words_ptr, sequence, nodes, is_row, first, N, BLOCK_T)
             if HAS_WINDOW:
                 key_depths = tl.load(depths_ptr + sequence * N + drafted, mask=is_drafted, other=0)
                 is_seen = is_seen & (depths[:, None] - key_depths[None, :] < window)
-            scores = _scores(q, keys, scale, cap, HAS_SOFTCAP, PRECISION)
-            scores = tl.where(is_seen, scores, float("-inf"))
-            best, total, acc = _absorb(scores, values, best, total, acc, PRECISION)
+            best, total, acc = _attend_block(
+                q, keys, values, is_seen, scale, cap, best, total, acc, HAS_SOFTCAP, PRECISION
+            )
 
     num_rows = N * G
     total = tl.where(is_row, total, 0.0)
@@ -248,132 +258,59 @@ def merge_splits_kernel(
 
 
 @triton.jit
-def _next_child(node_ids, parents, parent, after, N):
-    """The first child of `parent` behind node `after`, or N; ids only grow, so every walk ends."""
+def _load_tree(tokens_ptr, parents_ptr, row, N, BLOCK_N: tl.constexpr):
+    """Tokens and parents of one tree; a lane past its end has parent -2, which no node has."""
+    node_ids = tl.arange(0, BLOCK_N)
+    tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
+    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
+    return tokens, parents
+
+
+@triton.jit
+def _child_with(tokens, parents, parent, token, N, BLOCK_N: tl.constexpr):
+    """The child of `parent` that carries `token`, or N; ids only grow, so every walk ends."""
+    node_ids = tl.arange(0, BLOCK_N)
+    is_it = (parents == parent) & (tokens == token) & (node_ids > parent)
+    return tl.min(tl.where(is_it, node_ids, N), 0)
+
+
+@triton.jit
+def _next_child(parents, parent, after, N, BLOCK_N: tl.constexpr):
+    """The first child of `parent` behind node `after`, or N."""
+    node_ids = tl.arange(0, BLOCK_N)
     return tl.min(tl.where((parents == parent) & (node_ids > after), node_ids, N), 0)
 
 
-@triton.jit(do_not_specialize=["N"])
-def greedy_walk_kernel(
-    tokens_ptr,
-    parents_ptr,
-    choice_ptr,
-    path_ptr,
-    emitted_ptr,
-    accepted_ptr,
-    bonus_ptr,
-    N,
-    BLOCK_N: tl.constexpr,
-):
-    """One program walks one tree. A tree fits in one block, so a step down is a single compare."""
-    row = tl.program_id(0).to(tl.int64) * N
-    node_ids = tl.arange(0, BLOCK_N)
-    tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
-    # padding lanes get parent -2, which no node has
-    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
-    tl.store(path_ptr + row, 0)
-    depth = 0
-    chosen = tl.load(choice_ptr + row)
-    child = tl.min(tl.where((parents == 0) & (tokens == chosen) & (node_ids > 0), node_ids, N), 0)
-    while child < N:
-        tl.store(emitted_ptr + row + depth, chosen)
-        depth += 1
-        tl.store(path_ptr + row + depth, child)
-        chosen = tl.load(choice_ptr + row + child)
-        child = tl.min(
-            tl.where((parents == child) & (tokens == chosen) & (node_ids > child), node_ids, N), 0
-        )
-    tl.store(emitted_ptr + row + depth, chosen)
+@triton.jit
+def _finish_walk(accepted_ptr, bonus_ptr, depth, chosen):
     tl.store(accepted_ptr + tl.program_id(0), depth)
     tl.store(bonus_ptr + tl.program_id(0), chosen)
 
 
-@triton.jit
-def _residual(
-    p_ptr, q_ptr, row, node, first, spent, tried_of, tokens_ptr, node_ids, parents, N, V,
-    SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def greedy_walk_kernel(
+    tokens_ptr, parents_ptr, choice_ptr, path_ptr, emitted_ptr, accepted_ptr, bonus_ptr, N,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Target mass in float64 of one block of tokens, less what the rejected drafts have taken.
-
-    Sampled drafts take `spent` times their distribution (however many were tried, one factor is
-    enough: max(max(p - a q, 0) - b q, 0) = max(p - (a + b) q, 0)); certain drafts, the children of
-    `tried_of`, take their token's whole mass.
-    """
-    ids = first + tl.arange(0, BLOCK_V)
-    at = (row + node) * V + ids
-    mass = tl.load(p_ptr + at, mask=ids < V, other=0.0).to(tl.float64)
-    if SAMPLED:
-        mass = tl.maximum(
-            mass - spent * tl.load(q_ptr + at, mask=ids < V, other=0.0).to(tl.float64), 0.0
-        )
-    else:
-        tried = _next_child(node_ids, parents, tried_of, 0, N)
-        while tried < N:
-            mass = tl.where(ids == tl.load(tokens_ptr + row + tried), 0.0, mass)
-            tried = _next_child(node_ids, parents, tried_of, tried, N)
-    return ids, mass
+    """One program walks one tree. A tree fits in one block, so a step down is a single compare."""
+    row = tl.program_id(0).to(tl.int64) * N
+    tokens, parents = _load_tree(tokens_ptr, parents_ptr, row, N, BLOCK_N)
+    depth = 0
+    node = 0
+    chosen = tl.full((), 0, tl.int64)
+    while node < N:
+        chosen = tl.load(choice_ptr + row + node)
+        tl.store(path_ptr + row + depth, node)
+        tl.store(emitted_ptr + row + depth, chosen)
+        depth += 1
+        node = _child_with(tokens, parents, node, chosen, N, BLOCK_N)
+    _finish_walk(accepted_ptr, bonus_ptr, depth - 1, chosen)
 
 
 @triton.jit
-def _residual_mass(
-    p_ptr, q_ptr, row, node, spent, tried_of, tokens_ptr, node_ids, parents, N, V,
-    SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    total = tl.full((), 0.0, tl.float64)
-    for first in range(0, V, BLOCK_V):
-        _, mass = _residual(
-            p_ptr,
-            q_ptr,
-            row,
-            node,
-            first,
-            spent,
-            tried_of,
-            tokens_ptr,
-            node_ids,
-            parents,
-            N,
-            V,
-            SAMPLED,
-            BLOCK_V,
-        )
-        total += tl.sum(mass, 0)
-    return total
-
-
-@triton.jit
-def _draw(
-    p_ptr, q_ptr, row, node, spent, tried_of, threshold, tokens_ptr, node_ids, parents, N, V,
-    SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The first token whose cumulative mass exceeds the threshold; never one without mass."""
-    running = tl.full((), 0.0, tl.float64)
-    drawn = V
-    last = 0
-    first = 0
-    while (first < V) & (drawn == V):
-        ids, mass = _residual(
-            p_ptr,
-            q_ptr,
-            row,
-            node,
-            first,
-            spent,
-            tried_of,
-            tokens_ptr,
-            node_ids,
-            parents,
-            N,
-            V,
-            SAMPLED,
-            BLOCK_V,
-        )
-        cumulative = running + tl.cumsum(mass, 0)
-        drawn = tl.min(tl.where((cumulative > threshold) & (mass > 0), ids, V), 0)
-        last = tl.maximum(last, tl.max(tl.where(mass > 0, ids, 0), 0))
-        running += tl.sum(mass, 0)
-        first += BLOCK_V
-    return tl.where(drawn < V, drawn, last)
+def _arrival(times, mass):
+    """Who has no mass never arrives."""
+    return tl.where(mass > 0, times / tl.where(mass > 0, mass, 1.0), float("inf"))
 
 
 @triton.jit
@@ -393,9 +330,12 @@ def _winning_row(p_ptr, times_ptr, V, R, ROWS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _arrival(times, mass):
-    """Who has no mass never arrives."""
-    return tl.where(mass > 0, times / tl.where(mass > 0, mass, 1.0), float("inf"))
+def _race(p_ptr, times_ptr, V, R, ROWS: tl.constexpr, C: tl.constexpr):
+    """The token that wins: first the rows race, then the columns of the row that won."""
+    ids = _winning_row(p_ptr, times_ptr, V, R, ROWS, C) * C + tl.arange(0, C)
+    mass = tl.load(p_ptr + ids, mask=ids < V, other=0.0).to(tl.float32)
+    arrival = _arrival(tl.load(times_ptr + R + tl.arange(0, C)), mass)
+    return tl.min(ids, 0) + tl.argmin(arrival, 0)
 
 
 @triton.jit(do_not_specialize=["N", "V", "R"])
@@ -405,27 +345,95 @@ def coupled_walk_kernel(
 ):  # fmt: skip
     """One program walks one tree: a race at each node, then on to the child that won it."""
     row = tl.program_id(0).to(tl.int64) * N
-    node_ids = tl.arange(0, BLOCK_N)
-    tokens = tl.load(tokens_ptr + row + node_ids, mask=node_ids < N, other=-1)
-    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
-    columns = tl.arange(0, C)
+    tokens, parents = _load_tree(tokens_ptr, parents_ptr, row, N, BLOCK_N)
     depth = 0
     node = 0
     chosen = 0
     while node < N:
+        at = row + node
+        chosen = _race(p_ptr + at * V, times_ptr + at * (R + C), V, R, ROWS, C)
         tl.store(path_ptr + row + depth, node)
-        probs, times = p_ptr + (row + node) * V, times_ptr + (row + node) * (R + C)
-        first = _winning_row(probs, times, V, R, ROWS, C) * C
-        mass = tl.load(probs + first + columns, mask=first + columns < V, other=0.0)
-        arrival = _arrival(tl.load(times + R + columns), mass.to(tl.float32))
-        chosen = first + tl.argmin(arrival, 0)
         tl.store(emitted_ptr + row + depth, chosen)
         depth += 1
-        node = tl.min(
-            tl.where((parents == node) & (tokens == chosen) & (node_ids > node), node_ids, N), 0
-        )
-    tl.store(accepted_ptr + tl.program_id(0), depth - 1)
-    tl.store(bonus_ptr + tl.program_id(0), chosen)
+        node = _child_with(tokens, parents, node, chosen, N, BLOCK_N)
+    _finish_walk(accepted_ptr, bonus_ptr, depth - 1, chosen)
+
+
+@triton.jit
+def _total_mass(probs_ptr, V, BLOCK_V: tl.constexpr):
+    """The sum of one distribution in float64."""
+    total = tl.full((), 0.0, tl.float64)
+    for first in range(0, V, BLOCK_V):
+        ids = first + tl.arange(0, BLOCK_V)
+        total += tl.sum(tl.load(probs_ptr + ids, mask=ids < V, other=0.0).to(tl.float64), 0)
+    return total
+
+
+@triton.jit
+def _residual(
+    p_ptr, q_ptr, tokens_ptr, first, spent, parents, tried_of, N, V,
+    SAMPLED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Target mass in float64 of one block of tokens, less what the rejected drafts have taken.
+
+    Sampled drafts take `spent` times their distribution (however many were tried, one factor is
+    enough: max(max(p - a q, 0) - b q, 0) = max(p - (a + b) q, 0)); certain drafts, the children of
+    `tried_of`, take their token's whole mass.
+    """
+    ids = first + tl.arange(0, BLOCK_V)
+    mass = tl.load(p_ptr + ids, mask=ids < V, other=0.0).to(tl.float64)
+    if SAMPLED:
+        taken = spent * tl.load(q_ptr + ids, mask=ids < V, other=0.0).to(tl.float64)
+        mass = tl.maximum(mass - taken, 0.0)
+    else:
+        tried = _next_child(parents, tried_of, 0, N, BLOCK_N)
+        while tried < N:
+            mass = tl.where(ids == tl.load(tokens_ptr + tried), 0.0, mass)
+            tried = _next_child(parents, tried_of, tried, N, BLOCK_N)
+    return ids, mass
+
+
+@triton.jit
+def _residual_mass(
+    p_ptr, q_ptr, tokens_ptr, spent, parents, tried_of, N, V,
+    SAMPLED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    total = tl.full((), 0.0, tl.float64)
+    for first in range(0, V, BLOCK_V):
+        _, mass = _residual(
+            p_ptr, q_ptr, tokens_ptr, first, spent, parents, tried_of, N, V,
+            SAMPLED, BLOCK_N, BLOCK_V,
+        )  # fmt: skip
+        total += tl.sum(mass, 0)
+    return total
+
+
+@triton.jit
+def _draw(
+    p_ptr, q_ptr, tokens_ptr, threshold, spent, parents, tried_of, N, V,
+    SAMPLED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The first token whose cumulative mass exceeds the threshold; never one without mass."""
+    running = tl.full((), 0.0, tl.float64)
+    drawn = V
+    last = 0
+    first = 0
+    while (first < V) & (drawn == V):
+        ids, mass = _residual(
+            p_ptr, q_ptr, tokens_ptr, first, spent, parents, tried_of, N, V,
+            SAMPLED, BLOCK_N, BLOCK_V,
+        )  # fmt: skip
+        cumulative = running + tl.cumsum(mass, 0)
+        drawn = tl.min(tl.where((cumulative > threshold) & (mass > 0), ids, V), 0)
+        last = tl.maximum(last, tl.max(tl.where(mass > 0, ids, 0), 0))
+        running += tl.sum(mass, 0)
+        first += BLOCK_V
+    return tl.where(drawn < V, drawn, last)
+
+
+@triton.jit
+def _load_uniform(ptr):
+    return tl.minimum(tl.load(ptr), LARGEST_BELOW_ONE).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["N", "V"])
@@ -436,147 +444,63 @@ def residual_walk_kernel(
 ):  # fmt: skip
     """One program walks one tree, trying children in draw order on what is left of the target."""
     row = tl.program_id(0).to(tl.int64) * N
-    node_ids = tl.arange(0, BLOCK_N)
-    parents = tl.load(parents_ptr + row + node_ids, mask=node_ids < N, other=-2)
+    tokens_ptr += row
+    _, parents = _load_tree(tokens_ptr, parents_ptr + row, 0, N, BLOCK_N)
     tl.store(path_ptr + row, 0)
     depth = 0
-    node = 0
-    spent = tl.full((), 0.0, tl.float64)
-    # mass left of the target, and of the drafts' distribution
-    mass = _residual_mass(
-        p_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, SAMPLED, BLOCK_V
-    )
+    # the distributions at the node where the walk stands, and what is left of their mass
+    p, q = p_ptr + row * V, q_ptr + row * V
+    mass = _total_mass(p, V, BLOCK_V)
     unseen = tl.full((), 1.0, tl.float64)
     if SAMPLED:
-        unseen = _residual_mass(
-            q_ptr, q_ptr, row, 0, spent, NOBODY, tokens_ptr, node_ids, parents, N, V, True, BLOCK_V
-        )
-    child = _next_child(node_ids, parents, 0, 0, N)
+        unseen = _total_mass(q, V, BLOCK_V)
+    spent = tl.full((), 0.0, tl.float64)
+    tried_of = 0
+    child = _next_child(parents, 0, 0, N, BLOCK_N)
     while child < N:
-        token = tl.load(tokens_ptr + row + child)
-        uniform = tl.minimum(tl.load(uniforms_ptr + row + child), LARGEST_BELOW_ONE).to(tl.float64)
-        wanted = tl.load(p_ptr + (row + node) * V + token).to(tl.float64)
+        token = tl.load(tokens_ptr + child)
+        wanted = tl.load(p + token).to(tl.float64)
         proposed = tl.full((), 1.0, tl.float64)
         if SAMPLED:
-            proposed = tl.load(q_ptr + (row + node) * V + token).to(tl.float64)
+            proposed = tl.load(q + token).to(tl.float64)
             wanted = tl.maximum(wanted - spent * proposed, 0.0)
         # strictly below: a token without mass is refused even at uniform 0
-        if uniform * proposed * mass < wanted * unseen:
+        if _load_uniform(uniforms_ptr + row + child) * proposed * mass < wanted * unseen:
             tl.store(emitted_ptr + row + depth, token)
             depth += 1
             tl.store(path_ptr + row + depth, child)
-            node = child
+            tried_of = child
+            p, q = p_ptr + (row + child) * V, q_ptr + (row + child) * V
+            mass = _total_mass(p, V, BLOCK_V)
+            if SAMPLED:
+                unseen = _total_mass(q, V, BLOCK_V)
             spent = spent * 0.0
+        elif SAMPLED:
+            spent += mass / unseen
+            if not REPLACED:
+                unseen -= proposed
             mass = _residual_mass(
-                p_ptr,
-                q_ptr,
-                row,
-                node,
-                spent,
-                NOBODY,
-                tokens_ptr,
-                node_ids,
-                parents,
-                N,
-                V,
-                SAMPLED,
-                BLOCK_V,
+                p, q, tokens_ptr, spent, parents, tried_of, N, V, True, BLOCK_N, BLOCK_V
             )
-            if SAMPLED:
-                unseen = _residual_mass(
-                    q_ptr,
-                    q_ptr,
-                    row,
-                    node,
-                    spent,
-                    NOBODY,
-                    tokens_ptr,
-                    node_ids,
-                    parents,
-                    N,
-                    V,
-                    True,
-                    BLOCK_V,
-                )
         else:
-            if SAMPLED:
-                spent += mass / unseen
-                if not REPLACED:
-                    unseen -= proposed
-                mass = _residual_mass(
-                    p_ptr,
-                    q_ptr,
-                    row,
-                    node,
-                    spent,
-                    NOBODY,
-                    tokens_ptr,
-                    node_ids,
-                    parents,
-                    N,
-                    V,
-                    True,
-                    BLOCK_V,
-                )
-            else:
-                mass -= wanted
-        child = _next_child(node_ids, parents, node, child, N)
-    tried_of = node
+            mass -= wanted
+        child = _next_child(parents, tried_of, child, N, BLOCK_N)
     if not SAMPLED:
+        # exactly what the draw will add up
         mass = _residual_mass(
-            p_ptr,
-            q_ptr,
-            row,
-            node,
-            spent,
-            tried_of,
-            tokens_ptr,
-            node_ids,
-            parents,
-            N,
-            V,
-            SAMPLED,
-            BLOCK_V,
+            p, q, tokens_ptr, spent, parents, tried_of, N, V, False, BLOCK_N, BLOCK_V
         )
     # only rounding can reject every draft and leave nothing: then the draft was the target
     if mass <= 0:
         spent = spent * 0.0
         tried_of = NOBODY
-        mass = _residual_mass(
-            p_ptr,
-            q_ptr,
-            row,
-            node,
-            spent,
-            tried_of,
-            tokens_ptr,
-            node_ids,
-            parents,
-            N,
-            V,
-            SAMPLED,
-            BLOCK_V,
-        )
-    uniform = tl.minimum(tl.load(finals_ptr + tl.program_id(0)), LARGEST_BELOW_ONE).to(tl.float64)
+        mass = _total_mass(p, V, BLOCK_V)
+    threshold = _load_uniform(finals_ptr + tl.program_id(0)) * mass
     chosen = _draw(
-        p_ptr,
-        q_ptr,
-        row,
-        node,
-        spent,
-        tried_of,
-        uniform * mass,
-        tokens_ptr,
-        node_ids,
-        parents,
-        N,
-        V,
-        SAMPLED,
-        BLOCK_V,
+        p, q, tokens_ptr, threshold, spent, parents, tried_of, N, V, SAMPLED, BLOCK_N, BLOCK_V
     )
     tl.store(emitted_ptr + row + depth, chosen)
-    tl.store(accepted_ptr + tl.program_id(0), depth)
-    tl.store(bonus_ptr + tl.program_id(0), chosen)
+    _finish_walk(accepted_ptr, bonus_ptr, depth, chosen)
 
 
 @triton.jit(do_not_specialize=["P", "num_pages", "capacity"])
@@ -603,29 +527,15 @@ def keep_accepted_kernel(
         node = tl.load(path_ptr + sequence * P + step).to(tl.int32)
         source, target = length + node, length + step
         if (node != step) & (source < capacity):
-            at = _slot_offsets(
-                table_ptr,
-                sequence,
-                source,
-                True,
-                page_size,
-                num_pages,
-                stride_page,
-                stride_slot,
-                PAGED,
+            page, place = _find_slots(
+                table_ptr, sequence, source, True, page_size, num_pages, PAGED
             )
+            at = page * stride_page + place * stride_slot
             moved = tl.load(cache_ptr + at + within, mask=is_lane)
-            at = _slot_offsets(
-                table_ptr,
-                sequence,
-                target,
-                True,
-                page_size,
-                num_pages,
-                stride_page,
-                stride_slot,
-                PAGED,
+            page, place = _find_slots(
+                table_ptr, sequence, target, True, page_size, num_pages, PAGED
             )
+            at = page * stride_page + place * stride_slot
             tl.store(cache_ptr + at + within, moved, mask=is_lane)
 
 
@@ -802,16 +712,9 @@ def walk_greedily(tokens: Tensor, parents: Tensor, choice: Tensor) -> Walk:
     B, N = tokens.shape
     walk = Walk.empty(tokens)
     greedy_walk_kernel[B,](
-        tokens,
-        parents,
-        choice,
-        walk.path,
-        walk.emitted,
-        walk.accepted,
-        walk.bonus,
-        N=N,
+        tokens, parents, choice, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N,
         BLOCK_N=triton.next_power_of_2(N),
-    )
+    )  # fmt: skip
     return walk
 
 
@@ -824,9 +727,14 @@ def walk_coupled(
     coupled_walk_kernel[B,](
         tokens, parents, target_probs, race_times, walk.path, walk.emitted, walk.accepted,
         walk.bonus, N=N, V=V, R=R, C=C, BLOCK_N=triton.next_power_of_2(N),
-        ROWS=max(1, COUPLED_TILE // C), num_warps=COUPLED_WARPS,
+        ROWS=race_tile_rows(R, C), num_warps=COUPLED_WARPS,
     )  # fmt: skip
     return walk
+
+
+def race_tile_rows(R: int, C: int) -> int:
+    """Rows of an (R, C) grid that a race loads at once: COUPLED_TILE tokens, or one wider row."""
+    return max(1, min(COUPLED_TILE // C, triton.next_power_of_2(R)))
 
 
 def walk_by_rejection(
