@@ -1,14 +1,16 @@
 """What the compiled kernels need, what a card could reach with them, and how long they take.
 
-    python -m specrepro.kernel_report resources kernel_resources.csv   compile for every
-    architecture python -m specrepro.kernel_report roofline                         modelled floors
-    beside others' python -m specrepro.tree_kernel [rows.csv]                         timings
+    python -m specrepro.kernel_report resources kernel_resources.csv   registers and memory
+    python -m specrepro.kernel_report roofline                         modelled floors
+    python -m specrepro.tree_kernel [rows.csv]                         timings
 
 Compiling needs no GPU: Triton carries its own assembler, and its cuobjdump reads registers, stack
-(where spilled registers go) and shared memory from the result. The roofline follows from the
-kernel's own loop bounds and published peaks: it is modelled, not measured. Timings are measured, on
-a GPU beside dense-mask attention, flex_attention and, if installed, FlashInfer; on a CPU the torch
-path stands in for the kernel.
+(where spilled registers go) and shared memory from the result. `kernel_resources.csv` holds a row
+for every kernel, architecture, number format and head size, in the configuration a launch chooses;
+the attention kernel once plain and once with pages, window and softcap together, which needs most.
+The roofline follows from the kernel's own loop bounds and published peaks: it is modelled, not
+measured. Timings are measured, on a GPU beside dense-mask attention, flex_attention and, if
+installed, FlashInfer; on a CPU the torch path stands in for the kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +36,14 @@ from triton.compiler import ASTSource
 
 from specrepro import tree_kernel
 from specrepro.draft_tree import DraftTree
-from specrepro.tree_verify import HEAD_SIZES, attention_mask, pack, store_tree, tree_attention
+from specrepro.tree_verify import (
+    HEAD_SIZES,
+    attention_mask,
+    pack,
+    store_tree,
+    tree_attention,
+    vocabulary_grid,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,12 +51,19 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-NODES, QUERY_HEADS, KV_HEADS = (
-    60,
-    32,
-    8,
-)  # of a compiled or timed call: a 60-node tree, Llama 8B's heads
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NODES, QUERY_HEADS, KV_HEADS = 60, 32, 8  # of a timed call: a 60-node tree, Llama 8B's heads
+TREE_SIZES = (NODES, 30, 1)  # nodes of the trees whose tiles are compiled
+VOCABULARIES = (49_152, 128_256, 151_936)  # SmolLM2, Llama 3, Qwen 3
+VARIANTS = {  # of the attention kernel
+    "plain": {"PAGED": False, "HAS_WINDOW": False, "HAS_SOFTCAP": False},
+    "pages, window, softcap": {"PAGED": True, "HAS_WINDOW": True, "HAS_SOFTCAP": True},
+}
+MODES = {  # of the walk by rejection
+    "deterministic": {"SAMPLED": False, "REPLACED": False},
+    "without_replacement": {"SAMPLED": True, "REPLACED": False},
+    "with_replacement": {"SAMPLED": True, "REPLACED": True},
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INDEX_POINTERS = {
     "table_ptr": "*i32",
@@ -59,29 +76,79 @@ INDEX_POINTERS = {
     **dict.fromkeys(("emitted_ptr", "accepted_ptr", "bonus_ptr"), "*i64"),
 }
 MODEL_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr", "out_ptr", "cache_ptr")
-WALKS = {
-    "greedy_walk_kernel": {"BLOCK_N": 64},
-    "coupled_walk_kernel": {"BLOCK_N": 64, "BLOCK_V": 1024},
-    "residual_walk_kernel": {"BLOCK_N": 64, "BLOCK_V": 1024, "SAMPLED": True, "REPLACED": False},
-}
 
 
-def compiled(
-    kernel: str,
-    target: str,
-    dtype: str,
-    constants: dict[str, object],
-    warps: int = 4,
-    stages: int = 2,
-) -> dict[str, object]:
-    """Compile one kernel for one architecture: a row of what it needs."""
-    function = getattr(tree_kernel, kernel)
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A kernel as some launch compiles it: constants, and what Triton is not left to choose."""
+
+    kernel: str
+    architecture: str
+    dtype: str
+    variant: str
+    constants: dict[str, object]
+    options: dict[str, int] = field(default_factory=dict)
+
+
+def configurations(
+    targets: list[str], dtypes: list[str], head_sizes: list[int]
+) -> Iterator[Configuration]:
+    """Every kernel on every architecture, as launches choose it."""
+    for target in targets:
+        yield from walks(target)
+        for variant, is_paged in (("pages", True), ("plain", False)):
+            constants = {"HKV": KV_HEADS, "D": 128, "BLOCK": 1024, "PAGED": is_paged}
+            yield Configuration("keep_accepted_kernel", target, "bf16", variant, constants)
+        for dtype in dtypes:
+            for head_size in head_sizes:
+                shape = {"HKV": KV_HEADS, "G": QUERY_HEADS // KV_HEADS, "D": head_size}
+                shape |= {"BLOCK_D": triton.next_power_of_2(head_size)}
+                yield from attention(target, dtype, shape)
+                merge = shape | {"BLOCK_R": tree_kernel.MERGE_ROWS}
+                yield Configuration("merge_splits_kernel", target, dtype, "plain", merge)
+
+
+def walks(target: str) -> Iterator[Configuration]:
+    shape = {"BLOCK_N": triton.next_power_of_2(NODES)}
+    yield Configuration("greedy_walk_kernel", target, "fp32", "plain", shape)
+    for vocabulary in VOCABULARIES:
+        R, C = vocabulary_grid(vocabulary)
+        grid = shape | {"ROWS": tree_kernel.race_tile_rows(R, C), "C": C}
+        options = {"num_warps": tree_kernel.COUPLED_WARPS}
+        variant = f"vocabulary {vocabulary}"
+        yield Configuration("coupled_walk_kernel", target, "fp32", variant, grid, options)
+    for mode, flags in MODES.items():
+        constants = shape | flags | {"BLOCK_V": tree_kernel.vocabulary_block(VOCABULARIES[0])}
+        yield Configuration("residual_walk_kernel", target, "fp32", mode, constants)
+
+
+def attention(target: str, dtype: str, shape: dict[str, int]) -> Iterator[Configuration]:
+    """One configuration for each tile that some size of tree gets, and each variant."""
+    architecture = TARGETS[target].arch
+    precision = tree_kernel.dot_precision(TORCH_DTYPES[dtype], architecture)
+    itemsize = TORCH_DTYPES[dtype].itemsize
+    all_tiles = (
+        tree_kernel.choose_tiles(nodes * shape["G"], shape["D"], itemsize, architecture)
+        for nodes in TREE_SIZES
+    )
+    for tiles in dict.fromkeys(all_tiles):
+        constants = shape | {"BLOCK_M": tiles.rows, "BLOCK_S": tiles.slots}
+        constants |= {"BLOCK_T": tree_kernel.WORD_BITS, "PRECISION": precision}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        for variant, flags in VARIANTS.items():
+            yield Configuration(
+                "tree_attention_kernel", target, dtype, variant, constants | flags, options
+            )
+
+
+def compiled(one: Configuration) -> dict[str, object]:
+    """Compile a kernel without a GPU: a row of what it needs."""
+    function = getattr(tree_kernel, one.kernel)
     names = function.arg_names
-    signature = {name: _type_of(name, dtype, kernel, constants) for name in names}
     source = ASTSource(
         fn=function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        signature={name: _type_of(name, one) for name in names},
+        constexprs={(names.index(name),): value for name, value in one.constants.items()},
         # as at launch: torch aligns its tensors, and head sizes make strides multiples of 16
         attrs={
             (place,): [["tt.divisibility", 16]]
@@ -89,21 +156,21 @@ def compiled(
             if name.endswith("_ptr") or re.fullmatch(r"[qkv]_\w+|stride_\w+", name)
         },
     )
-    options = {"num_warps": warps, "num_stages": stages}
-    result = triton.compile(source, target=TARGETS[target], options=options)
-    row = {"kernel": kernel, "architecture": target, "dtype": dtype}
-    row |= {"head_size": constants.get("D"), "tile_rows": constants.get("BLOCK_M")}
-    row |= {"tile_slots": constants.get("BLOCK_S"), "warps": warps, "stages": stages}
+    result = triton.compile(source, target=TARGETS[one.architecture], options=one.options)
+    row = {"kernel": one.kernel, "architecture": one.architecture, "dtype": one.dtype}
+    row |= {"variant": one.variant, "head_size": one.constants.get("D")}
+    row |= {"tile_rows": one.constants.get("BLOCK_M"), "tile_slots": one.constants.get("BLOCK_S")}
+    row |= {"warps": result.metadata.num_warps, "stages": result.metadata.num_stages}
     return row | _resources(result) | {"shared_bytes": result.metadata.shared}
 
 
-def _type_of(name: str, dtype: str, kernel: str, constants: dict[str, object]) -> str:
-    if name in constants:
+def _type_of(name: str, one: Configuration) -> str:
+    if name in one.constants:
         return "constexpr"
     if name in INDEX_POINTERS:
         return INDEX_POINTERS[name]
-    if name in MODEL_POINTERS and "walk" not in kernel:
-        return f"*{dtype}"
+    if name in MODEL_POINTERS and "walk" not in one.kernel:
+        return f"*{one.dtype}"
     if name.endswith("_ptr"):
         return "*fp32"
     return "fp32" if name in ("scale", "cap") else "i32"
@@ -130,62 +197,17 @@ def _resources(result: object) -> dict[str, int]:
     }
 
 
-def compiled_attention(
-    target: str,
-    dtype: str,
-    head_size: int,
-    nodes: int = NODES,
-    *,
-    paged: bool = False,
-    window: bool = False,
-    softcap: bool = False,
-) -> dict[str, object]:
-    """The attention kernel as a launch on that architecture would choose it."""
-    group = QUERY_HEADS // KV_HEADS
-    architecture = TARGETS[target].arch
-    tiles = tree_kernel.choose_tiles(nodes * group, head_size, ITEM_BYTES[dtype], architecture)
-    torch_dtype = torch.float32 if dtype == "fp32" else torch.float16
-    constants = {
-        "HKV": KV_HEADS,
-        "G": group,
-        "D": head_size,
-        "BLOCK_M": tiles.rows,
-        "BLOCK_S": tiles.slots,
-        "BLOCK_D": triton.next_power_of_2(head_size),
-        "BLOCK_T": tree_kernel.WORD_BITS,
-        "PAGED": paged,
-        "HAS_WINDOW": window,
-        "HAS_SOFTCAP": softcap,
-        "PRECISION": tree_kernel.dot_precision(torch_dtype, architecture),
-    }
-    return compiled("tree_attention_kernel", target, dtype, constants, tiles.warps, tiles.stages)
+def resource_rows(chosen: Iterable[Configuration]) -> pd.DataFrame:
+    rows = pd.DataFrame([compiled(one) for one in chosen])
+    return rows.astype({name: "Int64" for name in ("head_size", "tile_rows", "tile_slots")})
 
 
-def compiled_small(target: str) -> Iterator[dict[str, object]]:
-    """Merge, walks and the cache kernel."""
-    shape = {"HKV": KV_HEADS, "D": 128}
-    merge = shape | {
-        "G": QUERY_HEADS // KV_HEADS,
-        "BLOCK_R": tree_kernel.MERGE_ROWS,
-        "BLOCK_D": 128,
-    }
-    yield compiled("merge_splits_kernel", target, "bf16", merge)
-    for walk, constants in WALKS.items():
-        warps = tree_kernel.COUPLED_WARPS if walk == "coupled_walk_kernel" else 4
-        yield compiled(walk, target, "fp32", constants, warps)
-    yield compiled("keep_accepted_kernel", target, "bf16", shape | {"BLOCK": 1024, "PAGED": True})
-
-
-def resource_rows(targets: list[str], dtypes: list[str], head_sizes: list[int]) -> pd.DataFrame:
-    """A row per kernel, architecture, number format and head size, in the default configuration."""
-    rows = []
-    for target in targets:
-        rows += compiled_small(target)
-        for dtype in dtypes:
-            rows += [compiled_attention(target, dtype, size) for size in head_sizes]
-    return pd.DataFrame(rows).astype(
-        {name: "Int64" for name in ("head_size", "tile_rows", "tile_slots")}
-    )
+def first_of_each(chosen: Iterable[Configuration]) -> list[Configuration]:
+    """One configuration of each kernel on each architecture."""
+    first: dict[tuple[str, str], Configuration] = {}
+    for one in chosen:
+        first.setdefault((one.kernel, one.architecture), one)
+    return list(first.values())
 
 
 def roofline(contexts: tuple[int, ...] = (512, 2048, 8192), head_size: int = 128) -> pd.DataFrame:
@@ -333,14 +355,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("report", choices=["resources", "roofline", "timings"])
     parser.add_argument("rows", nargs="?", type=Path, help="where the rows go as CSV")
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=list(ITEM_BYTES), default=list(ITEM_BYTES))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=TORCH_DTYPES, default=list(TORCH_DTYPES))
     parser.add_argument("--head-sizes", nargs="+", type=int, default=list(HEAD_SIZES))
+    parser.add_argument("--first", action="store_true", help="one of each kernel and architecture")
     options = parser.parse_args()
     if options.report == "resources":
         if tree_kernel.is_interpreted():
             parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-        table = resource_rows(options.targets, options.dtypes, options.head_sizes)
+        chosen = configurations(options.targets, options.dtypes, options.head_sizes)
+        table = resource_rows(first_of_each(chosen) if options.first else chosen)
     elif options.report == "roofline":
         table = roofline()
     else:

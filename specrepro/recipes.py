@@ -242,7 +242,7 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, help="training state and log; runs/<paper> if left out"
     )
-    parser.add_argument("--start", type=Path, help="checkpoint folder to begin from")
+    parser.add_argument("--from-checkpoint", type=Path, help="folder of weights to begin from")
     parser.add_argument("--learning-rate", type=float, help="the recipe's if left out")
     parser.add_argument("--evaluations", type=int, default=4, help="looks at held-out tau")
     parser.add_argument("--epochs", type=float, help="over the corpus; the recipe's if left out")
@@ -263,6 +263,6 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     )
     make_checkpoint(
         recipe, target, options.corpus,
-        options.work or Path("runs") / method.name, options.destination, start=options.start,
+        options.work or Path("runs") / method.name, options.destination, start=options.from_checkpoint,
         evaluations=options.evaluations, resume=options.resume,
     )  # fmt: skip

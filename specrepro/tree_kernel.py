@@ -49,6 +49,18 @@ def _splits_of(length, min_split, max_splits):
 
 
 @triton.jit
+def _slots_of_split(
+    split, split_size, length, window, HAS_WINDOW: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    start = split * split_size
+    stop = tl.minimum(start + split_size, length)
+    if HAS_WINDOW:
+        # the root sees furthest back; whole blocks are left out, alike for every tree
+        start = tl.maximum(start, tl.maximum(length - window + 1, 0) // BLOCK_S * BLOCK_S)
+    return start, stop
+
+
+@triton.jit
 def _find_slots(table_ptr, sequence, slots, is_used, page_size, num_pages, PAGED: tl.constexpr):
     """Page and place of slots of a sequence; a contiguous cache has one page for each sequence."""
     page, place = sequence, slots
@@ -84,6 +96,13 @@ def _scores(q, keys, scale, cap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.conste
         magnitude = (1 - decay) / (1 + decay)
         scores = cap * tl.where(scores < 0, -magnitude, magnitude)
     return scores
+
+
+@triton.jit
+def _nothing_seen(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Maximum, sum and accumulator of a streaming softmax that has yet to begin."""
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    return best, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_D), tl.float32)
 
 
 @triton.jit
@@ -146,24 +165,17 @@ def tree_attention_kernel(
     if HAS_WINDOW:
         depths = tl.load(depths_ptr + sequence * N + nodes, mask=is_row, other=0)
 
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    start = split * split_size
-    stop = tl.minimum(start + split_size, length)
-    if HAS_WINDOW:
-        # the root sees furthest back; whole blocks are left out, alike for every tree
-        start = tl.maximum(start, tl.maximum(length - window + 1, 0) // BLOCK_S * BLOCK_S)
+    best, total, acc = _nothing_seen(BLOCK_M, BLOCK_D)
+    # from here on the pointers are those of one key-value head
+    k_cache_ptr += head * k_cache_head
+    v_cache_ptr += head * v_cache_head
+    start, stop = _slots_of_split(split, split_size, length, window, HAS_WINDOW, BLOCK_S)
     for first in range(start, stop, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
         is_used = slots < stop
-        page, place = _find_slots(
-            table_ptr, sequence, slots, is_used, page_size, num_pages, PAGED
-        )
-        at = page * k_page + place * k_slot + head * k_cache_head
-        keys = _load_vectors(k_cache_ptr, at, is_used, D, BLOCK_D)
-        at = page * v_page + place * v_slot + head * v_cache_head
-        values = _load_vectors(v_cache_ptr, at, is_used, D, BLOCK_D)
+        page, place = _find_slots(table_ptr, sequence, slots, is_used, page_size, num_pages, PAGED)
+        keys = _load_vectors(k_cache_ptr, page * k_page + place * k_slot, is_used, D, BLOCK_D)
+        values = _load_vectors(v_cache_ptr, page * v_page + place * v_slot, is_used, D, BLOCK_D)
         is_seen = is_used[None, :]
         if HAS_WINDOW:
             is_seen = is_seen & (length + depths[:, None] - slots[None, :] < window)
@@ -172,22 +184,22 @@ def tree_attention_kernel(
         )
 
     if split == num_splits - 1:
+        k_ptr += sequence * k_sequence + head * k_head
+        v_ptr += sequence * v_sequence + head * v_head
         for first in range(0, num_nodes, BLOCK_T):
             drafted = first + tl.arange(0, BLOCK_T)
             is_drafted = drafted < num_nodes
-            at = sequence * k_sequence + drafted * k_node + head * k_head
-            keys = _load_vectors(k_ptr, at, is_drafted, D, BLOCK_D)
-            at = sequence * v_sequence + drafted * v_node + head * v_head
-            values = _load_vectors(v_ptr, at, is_drafted, D, BLOCK_D)
+            keys = _load_vectors(k_ptr, drafted * k_node, is_drafted, D, BLOCK_D)
+            values = _load_vectors(v_ptr, drafted * v_node, is_drafted, D, BLOCK_D)
             if tl.program_id(1) == 0:
                 slots = length + drafted
                 is_room = is_drafted & (slots < capacity)
                 page, place = _find_slots(
                     table_ptr, sequence, slots, is_room, page_size, num_pages, PAGED
                 )
-                at = page * k_page + place * k_slot + head * k_cache_head
+                at = page * k_page + place * k_slot
                 _store_vectors(k_cache_ptr, at, keys, is_room, D, BLOCK_D)
-                at = page * v_page + place * v_slot + head * v_cache_head
+                at = page * v_page + place * v_slot
                 _store_vectors(v_cache_ptr, at, values, is_room, D, BLOCK_D)
             is_seen = _ancestors(words_ptr, sequence, nodes, is_row, first, N, BLOCK_T)
             if HAS_WINDOW:
@@ -238,9 +250,7 @@ def merge_splits_kernel(
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     num_rows = N * G
     is_row = rows < num_rows
-    best = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    best, total, acc = _nothing_seen(BLOCK_R, BLOCK_D)
     for split in range(0, num_splits):
         at = (tl.program_id(0).to(tl.int64) * num_grid_splits + split) * num_rows + rows
         split_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
@@ -332,10 +342,9 @@ def _winning_row(p_ptr, times_ptr, V, R, ROWS: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _race(p_ptr, times_ptr, V, R, ROWS: tl.constexpr, C: tl.constexpr):
     """The token that wins: first the rows race, then the columns of the row that won."""
-    ids = _winning_row(p_ptr, times_ptr, V, R, ROWS, C) * C + tl.arange(0, C)
-    mass = tl.load(p_ptr + ids, mask=ids < V, other=0.0).to(tl.float32)
-    arrival = _arrival(tl.load(times_ptr + R + tl.arange(0, C)), mass)
-    return tl.min(ids, 0) + tl.argmin(arrival, 0)
+    first, columns = _winning_row(p_ptr, times_ptr, V, R, ROWS, C) * C, tl.arange(0, C)
+    mass = tl.load(p_ptr + first + columns, mask=first + columns < V, other=0.0).to(tl.float32)
+    return first + tl.argmin(_arrival(tl.load(times_ptr + R + columns), mass), 0)
 
 
 @triton.jit(do_not_specialize=["N", "V", "R"])
@@ -367,6 +376,15 @@ def _total_mass(probs_ptr, V, BLOCK_V: tl.constexpr):
         ids = first + tl.arange(0, BLOCK_V)
         total += tl.sum(tl.load(probs_ptr + ids, mask=ids < V, other=0.0).to(tl.float64), 0)
     return total
+
+
+@triton.jit
+def _masses(p_ptr, q_ptr, V, SAMPLED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Of the target, and of the drafts' distribution where there is one."""
+    of_drafts = tl.full((), 1.0, tl.float64)
+    if SAMPLED:
+        of_drafts = _total_mass(q_ptr, V, BLOCK_V)
+    return _total_mass(p_ptr, V, BLOCK_V), of_drafts
 
 
 @triton.jit
@@ -444,19 +462,16 @@ def residual_walk_kernel(
 ):  # fmt: skip
     """One program walks one tree, trying children in draw order on what is left of the target."""
     row = tl.program_id(0).to(tl.int64) * N
+    _, parents = _load_tree(tokens_ptr, parents_ptr, row, N, BLOCK_N)
     tokens_ptr += row
-    _, parents = _load_tree(tokens_ptr, parents_ptr + row, 0, N, BLOCK_N)
     tl.store(path_ptr + row, 0)
     depth = 0
+    node = 0
     # the distributions at the node where the walk stands, and what is left of their mass
     p, q = p_ptr + row * V, q_ptr + row * V
-    mass = _total_mass(p, V, BLOCK_V)
-    unseen = tl.full((), 1.0, tl.float64)
-    if SAMPLED:
-        unseen = _total_mass(q, V, BLOCK_V)
+    mass, unseen = _masses(p, q, V, SAMPLED, BLOCK_V)
     spent = tl.full((), 0.0, tl.float64)
-    tried_of = 0
-    child = _next_child(parents, 0, 0, N, BLOCK_N)
+    child = _next_child(parents, node, 0, N, BLOCK_N)
     while child < N:
         token = tl.load(tokens_ptr + child)
         wanted = tl.load(p + token).to(tl.float64)
@@ -469,30 +484,27 @@ def residual_walk_kernel(
             tl.store(emitted_ptr + row + depth, token)
             depth += 1
             tl.store(path_ptr + row + depth, child)
-            tried_of = child
-            p, q = p_ptr + (row + child) * V, q_ptr + (row + child) * V
-            mass = _total_mass(p, V, BLOCK_V)
-            if SAMPLED:
-                unseen = _total_mass(q, V, BLOCK_V)
-            spent = spent * 0.0
+            node = child
+            p, q = p_ptr + (row + node) * V, q_ptr + (row + node) * V
+            mass, unseen = _masses(p, q, V, SAMPLED, BLOCK_V)
+            spent = tl.full((), 0.0, tl.float64)
         elif SAMPLED:
             spent += mass / unseen
             if not REPLACED:
                 unseen -= proposed
             mass = _residual_mass(
-                p, q, tokens_ptr, spent, parents, tried_of, N, V, True, BLOCK_N, BLOCK_V
+                p, q, tokens_ptr, spent, parents, node, N, V, True, BLOCK_N, BLOCK_V
             )
         else:
             mass -= wanted
-        child = _next_child(parents, tried_of, child, N, BLOCK_N)
+        child = _next_child(parents, node, child, N, BLOCK_N)
     if not SAMPLED:
-        # exactly what the draw will add up
-        mass = _residual_mass(
-            p, q, tokens_ptr, spent, parents, tried_of, N, V, False, BLOCK_N, BLOCK_V
-        )
+        # what the draw adds up, where a difference keeps the rounding of all it was taken from
+        mass = _residual_mass(p, q, tokens_ptr, spent, parents, node, N, V, False, BLOCK_N, BLOCK_V)
+    tried_of = node
     # only rounding can reject every draft and leave nothing: then the draft was the target
     if mass <= 0:
-        spent = spent * 0.0
+        spent = tl.full((), 0.0, tl.float64)
         tried_of = NOBODY
         mass = _total_mass(p, V, BLOCK_V)
     threshold = _load_uniform(finals_ptr + tl.program_id(0)) * mass
@@ -748,12 +760,12 @@ def walk_by_rejection(
         tokens, parents, target_probs, target_probs if draft_probs is None else draft_probs,
         uniforms, final_uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V,
         SAMPLED=draft_probs is not None, REPLACED=is_replaced, BLOCK_N=triton.next_power_of_2(N),
-        BLOCK_V=_vocabulary_block(V),
+        BLOCK_V=vocabulary_block(V),
     )  # fmt: skip
     return walk
 
 
-def _vocabulary_block(num_tokens: int) -> int:
+def vocabulary_block(num_tokens: int) -> int:
     return min(triton.next_power_of_2(num_tokens), 1024)
 
 
