@@ -25,6 +25,7 @@ from specrepro.tree_verify import (
     Verdict,
     race,
     race_lead,
+    takes_kernels,
     verify_greedy,
     verify_sample,
     vocabulary_grid,
@@ -298,11 +299,11 @@ def _at_nodes(
 ) -> Tensor | Callable[[Tensor], Tensor]:
     """`function` of the logits (B, N, V) at every node at once, as the kernels want it.
 
-    A walk on a CPU asks at the nodes that it visits, and computes it nowhere else.
+    A walk in torch asks at the nodes that it visits, and computes it nowhere else.
     """
-    if logits.is_cuda:
+    if takes_kernels(logits):
         return function(logits)
-    rows = torch.arange(len(logits))
+    rows = torch.arange(len(logits), device=logits.device)
     return lambda nodes: function(logits[rows, nodes])
 
 

@@ -23,7 +23,9 @@ is captured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
 
@@ -39,6 +41,7 @@ BACKENDS = ("auto", "triton", "torch")
 SAMPLING_MODES = ("coupled", "deterministic", "without_replacement", "with_replacement")
 HEAD_SIZES = (64, 80, 96, 128, 256)  # of the kernels; torch takes any
 LARGEST_BELOW_ONE = 1 - 2**-24  # float32
+_auto_backend: ContextVar[str] = ContextVar("auto_backend", default="auto")
 
 
 @dataclass(slots=True)
@@ -646,9 +649,29 @@ def keep_accepted(
     return cache_lengths + verdict.num_accepted + 1
 
 
-def _takes_kernel(backend: str, tensor: Tensor) -> bool:
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """What "auto" means inside the block; `using("triton")` sends whole decodes to the kernels."""
+    token = _auto_backend.set(_known(backend))
+    try:
+        yield
+    finally:
+        _auto_backend.reset(token)
+
+
+def takes_kernels(tensor: Tensor) -> bool:
+    """Whether operations on `tensor` take the kernels when nothing else is asked for."""
+    return _takes_kernel("auto", tensor)
+
+
+def _known(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose {', '.join(BACKENDS)}")
+    return backend
+
+
+def _takes_kernel(backend: str, tensor: Tensor) -> bool:
+    backend = _auto_backend.get() if _known(backend) == "auto" else backend
     if backend == "triton" and not tensor.is_cuda and not tree_kernel.is_interpreted():
         raise ValueError(
             f"backend 'triton' needs a GPU tensor, not one on {tensor.device}: use "

@@ -1,0 +1,74 @@
+"""Whole decodes through the Triton kernels, in the interpreter: attention, walks and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from scripted_drafters import Scripted
+from transformers import AutoConfig, AutoModelForCausalLM
+from tree_cases import language_patched_once_a_launch  # noqa: F401
+
+from specrepro import tree_kernel, tree_verify
+from specrepro.decoding import decode, decode_autoregressively
+from specrepro.target_model import Target
+
+PROMPTS = [[10, 20, 30, 40, 50], [60, 70, 80]]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    """Two grouped-query layers of a head size that the kernels have."""
+    options = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("llama", vocab_size=100, eos_token_id=None, **options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight.data, std=2 / weight.shape[-1] ** 0.5)
+    return Target(model, None, "tiny")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the launchers that were called."""
+    called: set[str] = set()
+
+    def noted(name: str) -> Callable:
+        launch = getattr(tree_kernel, name)
+
+        def note(*arguments: object, **options: object) -> object:
+            called.add(name)
+            return launch(*arguments, **options)
+
+        return note
+
+    for name in ("attend", "walk_greedily", "walk_coupled", "keep"):
+        monkeypatch.setattr(tree_kernel, name, noted(name))
+    return called
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_decode_through_the_kernels_says_what_torch_says(target, launches, temperature) -> None:
+    options = {"max_new_tokens": 8, "temperature": temperature, "seed": 3}
+    words = [run.tokens for run in decode_autoregressively(target, PROMPTS, **options)]
+    assert not launches, "on a CPU torch is the default"
+    with tree_verify.using("triton"):
+        runs = decode(target, Scripted(words, 6, 0.8, is_bushy=True), PROMPTS, **options)
+    assert [run.tokens for run in runs] == words
+    assert max(runs[0].accepted + runs[1].accepted) > 1, "no walk went deep"
+    assert launches == {"attend", "keep", "walk_coupled" if temperature else "walk_greedily"}
+
+
+def test_another_backend_holds_inside_the_block_alone() -> None:
+    tensor = torch.zeros(1)
+    with tree_verify.using("triton"):
+        assert tree_verify.takes_kernels(tensor)
+        with tree_verify.using("torch"):
+            assert not tree_verify.takes_kernels(tensor)
+        assert tree_verify.takes_kernels(tensor)
+    assert not tree_verify.takes_kernels(tensor)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), tree_verify.using("cuda"):
+        pass
