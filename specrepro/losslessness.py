@@ -22,8 +22,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from specrepro.decoding import Autoregressive, Drafter, Generation, Sampling, decode
+from specrepro.draft_tree import ROOT, DraftTree
 from specrepro.measure import (
     AUTOREGRESSIVE,
     GENERATE,
@@ -33,7 +35,8 @@ from specrepro.measure import (
     generate,
     sequence_seed,
 )
-from specrepro.target_model import Target
+from specrepro.target_model import Scores, Target
+from specrepro.tree_verify import Verdict
 
 GREEDY = Sampling()
 SAMPLED = Sampling(temperature=1.0)
@@ -79,6 +82,28 @@ def near_tie_bound(dtype: torch.dtype) -> float:
     if dtype not in bounds:
         raise ValueError(f"{dtype} has no near ties to excuse; choose bfloat16, float16 or float32")
     return bounds[dtype]
+
+
+class WrongDrafts:
+    """Drafts what the target thought least likely after the prompt: hardly any is ever accepted."""
+
+    parents = (ROOT, 0, 0, 0, 1, 1, 2, 4, 4, 7)  # several children and levels, all for nothing
+    max_nodes = len(parents)
+
+    def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
+        self.roots = roots
+        self.words = scores.logits[:, 0].topk(self.max_nodes - 1, largest=False).indices
+
+    def propose(self) -> DraftTree:
+        tokens = torch.cat([self.roots[:, None], self.words], 1)
+        parents = torch.tensor(self.parents, device=tokens.device)
+        return DraftTree(tokens, parents.expand(len(tokens), -1))
+
+    def observe(self, verdict: Verdict, scores: Scores) -> None:
+        self.roots = verdict.bonus
+
+    def select(self, rows: Tensor) -> None:
+        self.roots, self.words = self.roots[rows], self.words[rows]
 
 
 def losslessness(

@@ -41,7 +41,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "measure": {"decoding", "target_model", "draft_tree"},
     "rows": {"measure", "target_model"},
-    "losslessness": {"measure", "decoding", "target_model"},
+    "losslessness": {"measure", "decoding", "target_model", "draft_tree", "tree_verify"},
     "experiment": {
         "measure", "rows", "losslessness", "claims", "prompts", "corpus", "decoding",
         "target_model", "figures", "assets", "checkpoints",

@@ -427,6 +427,16 @@ def test_a_sampled_parting_is_excused_by_a_near_tie_and_a_greedy_one_by_nothing(
     assert greedy["value"] == len(QUESTIONS) and ", gap " not in greedy["detail"]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_wrong_drafts_are_refused_and_change_nothing(target, temperature) -> None:
+    prompts, options = [ids for _, ids in QUESTIONS], {"temperature": temperature, "seed": 2}
+    alone = decode(target, Autoregressive(), prompts, 12, **options)
+    wrong = decode(target, losslessness.WrongDrafts(), prompts, 12, **options)
+    assert [run.tokens for run in wrong] == [run.tokens for run in alone]
+    assert all(set(run.drafted) == {9} for run in wrong)
+    assert sum(sum(run.accepted) for run in wrong) <= 0.1 * sum(run.num_passes for run in wrong)
+
+
 def test_an_early_end_is_a_divergence() -> None:
     parted = losslessness.first_divergence("q0", [1, 2, 3], [1, 2])
     assert str(parted) == "q0 at new token 2: the end instead of 3"
