@@ -134,6 +134,52 @@ def _describe_fault(tree: DraftTree, faults: dict[str, Tensor]) -> str:
     )
 
 
+class Growth:
+    """A tree while it is drafted: its candidates, level by level, and the frontier to expand next.
+
+    Nodes that are never expanded stay candidates. `ancestors` says for each node of the frontier
+    which of the nodes expanded so far it descends from or is: what it attends to behind the prefix.
+    """
+
+    def __init__(self, roots: Tensor):
+        self.tokens, self.scores = roots[:, None], roots.new_zeros(len(roots), 1, dtype=torch.float)
+        self.ids = torch.zeros_like(self.tokens)  # (B, f) of the frontier, in the pool
+        self.ancestors = roots.new_zeros(len(roots), 1, 0, dtype=torch.bool)  # (B, f, expanded)
+        self._levels = [(self.tokens, torch.full_like(self.tokens, ROOT), self.scores)]
+        self._num_children = self._pool_size = 1
+
+    @property
+    def candidates(self) -> Tensor:
+        """(B, f c) scores of the last level: cumulative log probabilities."""
+        return self._levels[-1][2]
+
+    def branch(self, log_probs: Tensor, tokens: Tensor) -> None:
+        """Hang c children (B, f, c) below every node of the frontier."""
+        self._pool_size = sum(level[0].shape[1] for level in self._levels)
+        self._num_children = tokens.shape[2]
+        parents = self.ids.repeat_interleave(self._num_children, 1)
+        scores = (self.scores[:, :, None] + log_probs).flatten(1)
+        self._levels.append((tokens.flatten(1), parents, scores))
+
+    def descend(self, places: Tensor) -> Tensor:
+        """Make the candidates at `places` (B, g) of the last level the frontier.
+
+        Returns the places (B, g) of their parents in the frontier before.
+        """
+        tokens, _, scores = self._levels[-1]
+        self.tokens, self.scores = tokens.gather(1, places), scores.gather(1, places)
+        self.ids, parents = places + self._pool_size, places // self._num_children
+        itself = torch.eye(places.shape[1], dtype=torch.bool, device=places.device)
+        inherited = self.ancestors.take_along_dim(parents[:, :, None], 1)
+        self.ancestors = torch.cat([inherited, itself.expand(len(places), -1, -1)], -1)
+        return parents
+
+    def pool(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, parents and scores (B, pool) of every candidate, the root first."""
+        tokens, parents, scores = (torch.cat(parts, 1) for parts in zip(*self._levels, strict=True))
+        return tokens, parents, scores
+
+
 def keep_best(
     tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: int
 ) -> tuple[DraftTree, Tensor]:
@@ -147,9 +193,14 @@ def keep_best(
     ranked = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices + 1
     kept = torch.cat([ranked.new_zeros(len(tokens), 1), ranked[:, : num_nodes - 1]], 1)
     kept = kept.sort(dim=1).values
+    return keep_nodes(tokens, parents, kept), kept
+
+
+def keep_nodes(tokens: Tensor, parents: Tensor, kept: Tensor) -> DraftTree:
+    """The tree of the pool ids `kept` (B, nodes), ascending, the root first, ancestors included."""
     new_ids = torch.full_like(parents, PADDING)
     new_ids.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
     kept_parents = parents.gather(1, kept)
     remapped = new_ids.gather(1, kept_parents.clamp_min(0))
     remapped = torch.where(kept_parents < 0, kept_parents, remapped)
-    return DraftTree(tokens.gather(1, kept), remapped), kept
+    return DraftTree(tokens.gather(1, kept), remapped)

@@ -3,11 +3,13 @@
 arXiv:2503.01840.
 
 Reproduced: the head (section 3.1), training-time test (3.2), dynamic draft trees (EAGLE-2's,
-appendix A), Table 1's measures at temperature 0 and 1, acceptance by depth.
+appendix A), Table 1's measures at temperature 0 and 1, Table 2's ablations, acceptance by depth.
 Not reproduced here: the paper's targets and GPUs at any tier below `paper`; serving tables 3 to 5.
 Departs from the paper:
 - no second linear layer 2H -> H before the decoder layer: no released checkpoint has it, q, k and v
   absorb it;
+- the head of Table 2's second row, which reads the final state alone, keeps a linear layer before
+  the decoder layer, H -> H instead of 3H -> H;
 - the loss mask is aligned with the row that decoding starts from (`reference_mask=True` restores
   the released trainer's).
 """
@@ -25,9 +27,9 @@ from torch import Tensor, nn
 
 from specrepro import checkpoints, corpus, recipes
 from specrepro.draft_training import soft_cross_entropy
-from specrepro.draft_tree import ROOT, DraftTree, keep_best
+from specrepro.draft_tree import DraftTree, Growth, keep_best
 from specrepro.target_model import Scores, Target
-from specrepro.tree_verify import Verdict, attention_mask, packed_attention, prefix_mask, store_tree
+from specrepro.tree_verify import Verdict, packed_attention
 
 CHECKPOINT = recipes.COMMITTED / "eagle3"
 RELEASED_FIELDS = {  # what the released config.json says of every head
@@ -37,8 +39,8 @@ RELEASED_FIELDS = {  # what the released config.json says of every head
 
 
 @dataclass(frozen=True, slots=True)
-class HeadConfig:
-    """Sizes of the draft head; the released config.json's field names."""
+class LayerConfig:
+    """Sizes of a one-layer head; the released config.json's field names."""
 
     hidden_size: int
     intermediate_size: int
@@ -46,10 +48,32 @@ class HeadConfig:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    draft_vocab_size: int = 32000  # released Llama-3 heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # released heads carry none, and 10000 is what their training used
+
+    @property
+    def state_size(self) -> int:
+        """Of the target's states."""
+        return self.hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig(LayerConfig):
+    """Sizes of EAGLE-3's head, and what it reads of the target."""
+
+    draft_vocab_size: int = 32000  # released Llama-3 heads
     target_hidden_size: int | None = None  # where it differs from hidden_size
+    features: str | None = None  # three taps fused; "final": the final state alone (Table 2)
+
+    def __post_init__(self) -> None:
+        if self.features not in (None, "final"):
+            raise ValueError(
+                f"unknown features {self.features!r}; choose final, or none for the fused taps"
+            )
+
+    @property
+    def state_size(self) -> int:
+        return self.target_hidden_size or self.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +90,27 @@ class TreeConfig:
                 f"a draft tree needs depth >= 0, top_k >= 1 and total_tokens >= 2, not {self}"
             )
 
+    @property
+    def num_expanded(self) -> int:
+        """Nodes that the head runs on."""
+        return self.depth * self.top_k
+
+    def choose(self, level: int, scores: Tensor) -> Tensor:
+        """(B, top_k) places to expand among a level's candidates, given their `scores` (B, n)."""
+        if level == 0:  # the root's own children, best first already
+            return torch.arange(self.top_k, device=scores.device).expand_as(scores)
+        return scores.topk(self.top_k, 1).indices
+
+    def prune(self, growth: Growth) -> DraftTree:
+        """Re-rank the whole pool (appendix A)."""
+        return keep_best(*growth.pool(), self.total_tokens)[0]
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """Training-time test (section 3.2; what the paper does not state is the released trainer's)."""
 
-    steps: int = 5  # unrolled steps (section 4, implementation)
+    steps: int = 5  # unrolled steps (section 4, implementation); 1 is training without the test
     step_decay: float = 0.8  # weight of step j is 0.8 ** j (released trainer)
     reference_mask: bool = False  # the released trainer's, which misses the first answer row
     lm_head_init: str = "random"  # or "target": start from the target's own head
@@ -154,52 +193,85 @@ class RMSNorm(nn.Module):
 
 
 class DraftAttention(nn.Module):
-    """Projections of the one attention layer; its input is twice as wide as its output."""
+    """Projections of the one attention layer; its input may be wider than its output."""
 
-    def __init__(self, config: HeadConfig):
+    def __init__(self, config: LayerConfig, input_size: int):
         super().__init__()
         H, D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(2 * H, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(2 * H, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(2 * H, config.num_key_value_heads * D, bias=False)
+        self.q_proj = nn.Linear(input_size, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=False)
 
 
 class GatedMLP(nn.Module):
     """SwiGLU, as in the target."""
 
-    def __init__(self, config: HeadConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.gated(self.gate_proj(x), self.up_proj(x))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """From the two projections (..., I) on."""
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DraftLayer(nn.Module):
+    """One decoder layer like the target's; what goes into it is its head's affair."""
+
+    def __init__(self, config: LayerConfig, input_size: int):
+        super().__init__()
+        self.config = config
+        self.self_attn = DraftAttention(config, input_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (..., D / 2) of `positions` (...)."""
+        D = self.config.head_dim
+        frequencies = self.config.rope_theta ** (
+            -torch.arange(0, D, 2, device=positions.device) / D
+        )
+        angles = positions[..., None].float() * frequencies
+        return angles.cos(), angles.sin()
+
+    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated queries (..., Hq, D) of layer inputs x."""
+        q = self.self_attn.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
+        return rotate(q, *rotary)
+
+    def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values, (..., Hkv, D) of layer inputs x."""
+        k, v = (
+            projection(x).unflatten(-1, (-1, self.config.head_dim))
+            for projection in (self.self_attn.k_proj, self.self_attn.v_proj)
+        )
+        return rotate(k, *rotary), v
+
+    def finish(
+        self, residual: Tensor, attended: Tensor, mlp: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Close the layer from attention output (..., Hq * D); `mlp` may stand in for its own."""
+        y = residual + self.self_attn.o_proj(attended)
+        return y + (mlp or self.mlp)(self.post_attention_layernorm(y))
+
+
+class MixingLayer(DraftLayer):
     """The decoder layer of Fig. 5: embedding and feature in, feature out."""
 
     def __init__(self, config: HeadConfig):
-        super().__init__()
-        H, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(H, eps)  # on the embedding
-        self.hidden_norm = RMSNorm(H, eps)  # on the feature
-        self.self_attn = DraftAttention(config)
-        self.post_attention_layernorm = RMSNorm(H, eps)
-        self.mlp = GatedMLP(config)
+        super().__init__(config, 2 * config.hidden_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # on the embedding
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # on the feature
 
     def mixed_input(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """(..., 2H): the normed embedding first, the normed feature second."""
         return torch.cat([self.input_layernorm(embeddings), self.hidden_norm(features)], -1)
-
-    def finish(self, features: Tensor, attended: Tensor) -> Tensor:
-        """Close the layer from attention output (..., Hq * D); the residual is the un-normed
-        feature.
-        """
-        y = features + self.self_attn.o_proj(attended)
-        return y + self.mlp(self.post_attention_layernorm(y))
 
 
 class DraftHead(nn.Module):
@@ -211,9 +283,9 @@ class DraftHead(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         self.config = config
-        H = config.hidden_size
-        self.fc = nn.Linear(3 * (config.target_hidden_size or H), H, bias=False)
-        self.midlayer = DraftLayer(config)
+        H, num_states = config.hidden_size, 1 if config.features == "final" else 3
+        self.fc = nn.Linear(num_states * config.state_size, H, bias=False)
+        self.midlayer = MixingLayer(config)
         self.norm = RMSNorm(H, config.rms_norm_eps)
         self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size != config.vocab_size:
@@ -231,40 +303,42 @@ class DraftHead(nn.Module):
         ids = torch.arange(self.config.draft_vocab_size, device=self.fc.weight.device)
         return ids + self.d2t if hasattr(self, "d2t") else ids
 
-    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotated queries (..., Hq, D) of mixed inputs x (..., 2H) at `positions` (...)."""
-        q = self.midlayer.self_attn.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(q, *self.rotary(positions))
+    @property
+    def layer(self) -> DraftLayer:
+        return self.midlayer
 
-    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys, and values, (..., Hkv, D) of inputs x (..., 2H) at `positions` (...)."""
-        attention, D = self.midlayer.self_attn, self.config.head_dim
-        k = attention.k_proj(x).unflatten(-1, (-1, D))
-        return rotate(k, *self.rotary(positions)), attention.v_proj(x).unflatten(-1, (-1, D))
+    def read(self, seen: Scores | corpus.Batch) -> Tensor:
+        """What the head takes of the target's states (B, n, ...), before `fuse`."""
+        return seen.hidden if self.config.features == "final" else seen.taps
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (..., D / 2) of `positions` (...)."""
-        D = self.config.head_dim
-        frequencies = self.config.rope_theta ** (
-            -torch.arange(0, D, 2, device=positions.device) / D
-        )
-        angles = positions[..., None].float() * frequencies
-        return angles.cos(), angles.sin()
+    def fuse(self, states: Tensor) -> Tensor:
+        """Features (..., H) of what `read` took."""
+        return self.fc(states)
+
+    def layer_input(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of the layer's projections, and its residual, which is the un-normed feature."""
+        return self.midlayer.mixed_input(embeddings, features), features
 
     def logits(self, features: Tensor) -> Tensor:
         """Next-token logits over the draft vocabulary."""
         return self.lm_head(self.norm(features))
 
 
-def head_config(target: Target, draft_vocab_size: int) -> HeadConfig:
-    """A head shaped like one layer of the target."""
+def sizes_of(target: Target) -> dict[str, float]:
+    """`LayerConfig` of a layer shaped like the target's."""
     c = target.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return HeadConfig(
-        c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, head_dim,
-        target.vocab_size, min(draft_vocab_size, target.vocab_size),
-        rms_norm_eps=getattr(c, "rms_norm_eps", 1e-5),
-    )  # fmt: skip
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return {name: getattr(c, name) for name in names} | {
+        "head_dim": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        "vocab_size": target.vocab_size,
+        "rms_norm_eps": getattr(c, "rms_norm_eps", 1e-5),
+    }
+
+
+def head_config(target: Target, draft_vocab_size: int, features: str | None = None) -> HeadConfig:
+    """A head whose layer is shaped like one of the target's."""
+    draft_vocab_size = min(draft_vocab_size, target.vocab_size)
+    return HeadConfig(**sizes_of(target), draft_vocab_size=draft_vocab_size, features=features)
 
 
 def most_frequent_tokens(tokens: Tensor, vocab_size: int, draft_vocab_size: int) -> Tensor:
@@ -279,12 +353,12 @@ def most_frequent_tokens(tokens: Tensor, vocab_size: int, draft_vocab_size: int)
 class TrainingTimeTest:
     """The loss of section 3.2: unroll the head on its own features, score every step."""
 
-    def __init__(
-        self, head: DraftHead, embedding: Tensor, target_head: Tensor, config: TrainingConfig
-    ):
-        self.head, self.embedding, self.config = head, embedding, config
-        ids = head.draft_token_ids()
-        self.teacher_weight = target_head[ids].to(embedding.dtype)  # (Vd, H)
+    def __init__(self, head: DraftHead, target: Target, config: TrainingConfig):
+        self.head, self.config, self.final_logits = head, config, target.final_logits
+        self.embedding = target.model.get_input_embeddings().weight
+        ids, bias = head.draft_token_ids(), target.head.bias
+        self.teacher_weight = target.head.weight[ids]  # (Vd, H)
+        self.teacher_bias = None if bias is None else bias[ids]
         self.is_drafted = torch.zeros(head.config.vocab_size, dtype=torch.bool, device=ids.device)
         self.is_drafted[ids] = True
 
@@ -299,7 +373,8 @@ class TrainingTimeTest:
         trained = torch.stack(masks).any(0)
         rows, is_row = rows_of_mask(trained)
         teacher, place = self._teacher(batch)
-        chain = self._unroll(batch, rows)
+        features = self.head.fuse(self.head.read(batch))
+        chain = unroll(self.head, self.embedding, batch.tokens, features, rows, self.config.steps)
         total, agreement = 0.0, []
         for step, features in enumerate(chain):
             is_scored = is_row & masks[step].gather(1, rows)
@@ -321,30 +396,38 @@ class TrainingTimeTest:
         if self.config.reference_mask:  # which reads one position past the answer
             is_read[:, 1:] |= batch.is_answer[:, :-1]
         place = (is_read.flatten().cumsum(0) - 1).clamp_min(0).view_as(is_read)
-        return batch.hidden[is_read].to(self.teacher_weight.dtype) @ self.teacher_weight.T, place
+        states = batch.hidden[is_read].to(self.teacher_weight.dtype)
+        return self.final_logits(F.linear(states, self.teacher_weight, self.teacher_bias)), place
 
-    def _unroll(self, batch: corpus.Batch, rows: Tensor) -> Iterator[Tensor]:
-        """Features (b, m, H) of the trained rows by step; the words are the data's."""
-        head, layer = self.head, self.head.midlayer
-        features = head.fc(batch.taps)
-        following = F.embedding(shift_left(batch.tokens, 1), self.embedding)
-        x = layer.mixed_input(following, features)
-        first_k, first_v = head.keys_values(x, torch.arange(x.shape[1], device=x.device))
-        at = rows[:, :, None]
-        x, features = (t.gather(1, at.expand(-1, -1, t.shape[-1])) for t in (x, features))
-        own_k, own_v = [], []
-        for step in range(self.config.steps):
-            positions = rows + step
-            if step:
-                words = shift_left(batch.tokens, 1 + step).gather(1, rows)
-                x = layer.mixed_input(F.embedding(words, self.embedding), features)
-                k, v = head.keys_values(x, positions)
-                own_k.append(k), own_v.append(v)
-            attended = test_time_attention(
-                head.queries(x, positions), first_k, first_v, own_k, own_v, rows
-            )
-            features = layer.finish(features, attended.flatten(2))
-            yield features
+
+def unroll(
+    head: nn.Module,
+    embedding: Tensor,  # (V, H)
+    tokens: Tensor,  # (b, n)
+    features: Tensor,  # (b, n, H)  of the target's states, paired with the token after each
+    rows: Tensor,  # (b, m)  which of the n rows are trained
+    steps: int,
+) -> Iterator[Tensor]:
+    """Features (b, m, H) of the trained rows by step; the words are the data's."""
+    layer = head.layer
+    following = F.embedding(shift_left(tokens, 1), embedding)
+    x, residual = head.layer_input(following, features)
+    everywhere = layer.rotary(torch.arange(x.shape[1], device=x.device))
+    first_k, first_v = layer.keys_values(x, everywhere)
+    x, residual = (t.take_along_dim(rows[:, :, None], 1) for t in (x, residual))
+    own_k, own_v = [], []
+    for step in range(steps):
+        rotary = layer.rotary(rows + step)
+        if step:
+            words = shift_left(tokens, 1 + step).gather(1, rows)
+            x, residual = head.layer_input(F.embedding(words, embedding), features)
+            k, v = layer.keys_values(x, rotary)
+            own_k.append(k), own_v.append(v)
+        attended = test_time_attention(
+            layer.queries(x, rotary), first_k, first_v, own_k, own_v, rows
+        )
+        features = layer.finish(residual, attended.flatten(2))
+        yield features
 
 
 def rows_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,14 +450,22 @@ def _describe(agreement: list[Tensor], is_start: Tensor) -> dict[str, float]:
 
 
 class Drafter:
-    """Grows a draft tree level by level and keeps its most probable nodes, as EAGLE-2 does."""
+    """Grows a draft tree level by level and keeps its most probable nodes, as EAGLE-2 does.
 
-    def __init__(self, head: DraftHead, target: Target, tree: TreeConfig | None = None):
+    Serves any head of one layer that goes on from its own features; `tree` says which candidates
+    of a level to expand and which of all to keep.
+    """
+
+    def __init__(self, head: nn.Module, target: Target, tree: TreeConfig | None = None):
         check_fits(head.config, target)
         self.head = head.to(target.device, target.dtype).eval().requires_grad_(False)
         self.embedding = target.model.get_input_embeddings().weight
         self.token_ids = head.draft_token_ids()
         self.tree = tree or TreeConfig()
+        attention, mlp = head.layer.self_attn, head.layer.mlp
+        # a few rows through two large products take less time than through five smaller ones
+        self.qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = joined(mlp.gate_proj, mlp.up_proj)
 
     @classmethod
     def load(cls, folder: Path | str, target: Target, tree: TreeConfig | None = None) -> Drafter:
@@ -386,23 +477,26 @@ class Drafter:
     def max_nodes(self) -> int:
         return self.tree.total_tokens
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Next-token logits over the draft vocabulary."""
+        return self.head.logits(features)
+
     def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
-        """Row i pairs the taps of token i with the token after it, the last prompt token with the
+        """Row i pairs the states of token i with the token after it, the last prompt token with the
         root.
         """
         B, n = prompts.shape
         following = torch.cat([prompts[:, 1:], roots[:, None]], 1)
         following[torch.arange(B, device=roots.device), lengths - 1] = roots
-        self.roots, self.pending = roots, (following, scores.taps, lengths)
-        self.lengths = torch.zeros_like(
-            lengths
-        )  # rows in the draft cache, all from target features
-        self.cache = self._new_cache(B, n + 64)
+        self.roots, self.pending = roots, (following, self.head.read(scores), lengths)
+        # rows in the draft cache, all from target features
+        self.lengths = torch.zeros_like(lengths)
+        self._allocate(B, n + 64)
 
     def observe(self, verdict: Verdict, scores: Scores) -> None:
-        """Queue the verified features; drafted rows, made from the head's own, are forgotten."""
+        """Queue the verified states; drafted rows, made from the head's own, are forgotten."""
         rows = torch.arange(len(verdict.path), device=verdict.path.device)[:, None]
-        verified = scores.taps[rows, verdict.path.clamp_min(0)]
+        verified = self.head.read(scores)[rows, verdict.path.clamp_min(0)]
         self.roots = verdict.bonus
         self.pending = (verdict.tokens.clamp_min(0), verified, verdict.num_accepted + 1)
 
@@ -413,102 +507,101 @@ class Drafter:
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
-        last = self._extend()
-        return self._grow(last)
+        return self._grow(self._extend())
 
     def _extend(self) -> Tensor:
         """Run the pending rows through the head, keep their keys; the last row's feature (B, H)."""
-        tokens, taps, counts = self.pending
-        rows = torch.arange(len(tokens), device=tokens.device)
-        chain = DraftTree.chain(tokens, counts)
-        features = self.head.fc(taps)
-        positions = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self._reserve(tokens.shape[1])
-        mask = attention_mask(chain, self.lengths, int(self.lengths.max()) + tokens.shape[1])
-        out = self._layer(tokens, features, positions, self.lengths, mask)
+        tokens, states, counts = self.pending
+        num_rows, device = tokens.shape[1], tokens.device
+        self._reserve(num_rows)
+        positions = self.lengths[:, None] + torch.arange(num_rows, device=device)
+        slots = torch.arange(self.longest + num_rows, device=device)
+        # a row past a sequence's count computes something that is never read
+        mask = slots <= positions[:, :, None]
+        out = self._layer(tokens, self.head.fuse(states), positions, positions, mask)
         self.lengths = self.lengths + counts
-        return out[rows, counts - 1]
+        return out[torch.arange(len(tokens), device=device), counts - 1]
 
     def _grow(self, last: Tensor) -> DraftTree:
-        """Expand the best `top_k` nodes of each level; re-rank the whole pool (appendix A)."""
-        B, k = len(last), self.tree.top_k
-        self._reserve(self.tree.depth * k)
-        log_probs, tokens = self._children(last[:, None])
-        pool = [
-            (
-                self.roots[:, None],
-                torch.full_like(self.roots[:, None], ROOT),
-                torch.zeros_like(log_probs[:, 0, :1]),
-            )
-        ]
-        scores, features = log_probs[:, 0], last[:, None].expand(-1, k, -1)
-        frontier_tokens, parents = tokens[:, 0], torch.zeros_like(tokens[:, 0])
-        pool.append((frontier_tokens, parents, scores))
-        frontier_ids = torch.arange(1, k + 1, device=last.device).expand(B, k)  # ids in the pool
-        ancestors = torch.zeros(B, k, 0, dtype=torch.bool, device=last.device)
-        num_pool = k + 1
+        """Expand some nodes of each level, then keep some of the whole pool."""
+        self._reserve(self.tree.num_expanded)
+        growth, features = Growth(self.roots), last[:, None]
+        growth.branch(*self._children(features))
         for level in range(self.tree.depth):
-            itself = torch.eye(k, dtype=torch.bool, device=last.device).expand(B, k, k)
-            ancestors = torch.cat([ancestors, itself], -1)
-            features = self._expand(frontier_tokens, features, ancestors, level)
-            log_probs, tokens = self._children(features)
-            cumulative = (scores[:, :, None] + log_probs).flatten(1)
-            pool.append((tokens.flatten(1), frontier_ids.repeat_interleave(k, 1), cumulative))
-            scores, best = cumulative.topk(k, 1)
-            frontier_tokens, frontier_ids, came_from = (
-                tokens.flatten(1).gather(1, best),
-                best + num_pool,
-                best // k,
-            )
-            features = features.gather(1, came_from[:, :, None].expand(-1, -1, features.shape[-1]))
-            ancestors = ancestors.gather(
-                1, came_from[:, :, None].expand(-1, -1, ancestors.shape[-1])
-            )
-            num_pool += k * k
-        tokens, parents, scores = (torch.cat(parts, 1) for parts in zip(*pool, strict=True))
-        return keep_best(tokens, parents, scores, self.tree.total_tokens)[0]
+            came_from = growth.descend(self.tree.choose(level, growth.candidates))
+            features = features.take_along_dim(came_from[:, :, None], 1)
+            features = self._expand(growth.tokens, features, growth.ancestors, level)
+            growth.branch(*self._children(features))
+        return self.tree.prune(growth)
 
     def _expand(self, tokens: Tensor, features: Tensor, ancestors: Tensor, level: int) -> Tensor:
-        """One more level: the frontier's features (B, k, H); keys go behind the earlier levels'."""
-        k = tokens.shape[1]
-        positions = (self.lengths + level)[:, None].expand(-1, k)
-        mask = prefix_mask(ancestors, self.lengths, int(self.lengths.max()) + ancestors.shape[-1])
-        return self._layer(tokens, features, positions, self.lengths + level * k, mask)
+        """One more level: the frontier's features (B, f, H).
+
+        Their keys go behind the longest sequence's, after those of the levels before.
+        """
+        f, num_slots = tokens.shape[1], self.longest + ancestors.shape[2]
+        is_prefix = torch.arange(self.longest, device=tokens.device) < self.lengths[:, None]
+        mask = torch.cat([is_prefix[:, None].expand(-1, f, -1), ancestors], -1)
+        slots = torch.arange(num_slots - f, num_slots, device=tokens.device)
+        positions = (self.lengths + level)[:, None]
+        return self._layer(tokens, features, positions, slots.expand_as(tokens), mask)
 
     def _layer(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, start: Tensor, mask: Tensor
+        self, tokens: Tensor, features: Tensor, positions: Tensor, slots: Tensor, mask: Tensor
     ) -> Tensor:
-        x = self.head.midlayer.mixed_input(F.embedding(tokens, self.embedding), features)
-        store_tree(*self.head.keys_values(x, positions), *self.cache, start)
-        attended = packed_attention(
-            self.head.queries(x, positions), *self.cache[:, :, : mask.shape[-1]], mask
-        )
-        return self.head.midlayer.finish(features, attended.flatten(2))
+        """Features (B, f, H) of rows whose keys go to `slots` (B, f) and that see `mask`."""
+        x, residual = self.head.layer_input(F.embedding(tokens, self.embedding), features)
+        q, k, v = self._project(x, positions)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        self.cache[:, rows, slots] = torch.stack([k, v])
+        attended = packed_attention(q, *self.cache[:, :, : mask.shape[-1]], mask)
+        return self.head.layer.finish(residual, attended.flatten(2), self._mlp)
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, f, Hq, D) and keys, and values (B, f, Hkv, D)."""
+        c = self.head.config
+        heads = F.linear(x, self.qkv).unflatten(-1, (-1, c.head_dim))
+        q_k, v = heads.tensor_split([-c.num_key_value_heads], -2)
+        q_k = rotate(q_k, *(table[positions] for table in self.rotary))
+        return *q_k.tensor_split([c.num_attention_heads], -2), v
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.head.layer.mlp.gated(*F.linear(x, self.gate_up).chunk(2, -1))
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Log probabilities at temperature 1 and target ids (B, n, top_k) of the best children."""
-        log_probs = self.head.logits(features).float().log_softmax(-1)
+        log_probs = self.logits(features).float().log_softmax(-1)
         best = log_probs.topk(self.tree.top_k, -1)
         return best.values, self.token_ids[best.indices]
 
-    def _new_cache(self, batch: int, capacity: int) -> Tensor:
-        c = self.head.config
-        shape = (2, batch, capacity, c.num_key_value_heads, c.head_dim)
-        return torch.zeros(shape, dtype=self.head.fc.weight.dtype, device=self.embedding.device)
+    def _allocate(self, batch: int, capacity: int) -> None:
+        """An empty cache (2, batch, capacity, Hkv, D), and the rotary table of its positions."""
+        c, like = self.head.config, self.qkv
+        self.cache = like.new_zeros(2, batch, capacity, c.num_key_value_heads, c.head_dim)
+        table = self.head.layer.rotary(torch.arange(capacity, device=like.device))
+        self.rotary = tuple(part.to(like.dtype) for part in table)
 
     def _reserve(self, num_slots: int) -> None:
         """Double the cache where `num_slots` more rows would not fit."""
-        needed = int(self.lengths.max()) + num_slots
-        if needed > self.cache.shape[2]:
-            larger = self._new_cache(self.cache.shape[1], max(needed, 2 * self.cache.shape[2]))
-            larger[:, :, : self.cache.shape[2]] = self.cache
-            self.cache = larger
+        self.longest, before = int(self.lengths.max()), self.cache
+        if (needed := self.longest + num_slots) > before.shape[2]:
+            self._allocate(before.shape[1], max(needed, 2 * before.shape[2]))
+            self.cache[:, :, : before.shape[2]] = before
 
 
-def check_fits(config: HeadConfig, target: Target) -> None:
+def joined(*projections: nn.Linear) -> Tensor:
+    """One weight for projections of the same input; theirs become views of it."""
+    weight = torch.cat([projection.weight for projection in projections])
+    parts = weight.split([projection.out_features for projection in projections])
+    for projection, part in zip(projections, parts, strict=True):
+        projection.weight.data = part
+    return weight
+
+
+def check_fits(config: LayerConfig, target: Target) -> None:
     """Raise a ValueError where the head was made for a target of another size or vocabulary."""
     for name, own, needed in (
-        ("hidden size", config.target_hidden_size or config.hidden_size, target.hidden_size),
+        ("hidden size", config.state_size, target.hidden_size),
         ("vocabulary", config.vocab_size, target.vocab_size),
     ):
         if own != needed:
@@ -522,7 +615,7 @@ def check_fits(config: HeadConfig, target: Target) -> None:
 # --- checkpoints
 
 
-def save_head(head: DraftHead, folder: Path | str, tree: TreeConfig | None = None) -> Path:
+def save_head(head: nn.Module, folder: Path | str, tree: TreeConfig | None = None) -> Path:
     """Write the head in the released layout, bfloat16, with the `tree` it is to draft."""
     state = head.state_dict()
     tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
@@ -535,24 +628,41 @@ def load_head(folder: Path | str) -> tuple[DraftHead, TreeConfig]:
     """The head of a checkpoint folder, loaded strictly, and its tree (the paper's if it names
     none).
     """
-    tensors, config = checkpoints.load(folder)
-    head = DraftHead(read_config(config, folder))
+    tensors, config = load_parts(folder, "midlayer", "EAGLE-3")
+    whole = {"draft_vocab_size": config.get("vocab_size")}
+    head = DraftHead(read_config(HeadConfig, whole | config, folder))
     if "draft_vocab_size" in config and "d2t" not in tensors and hasattr(head, "d2t"):
         raise ValueError(f"checkpoint {folder} drafts over a reduced vocabulary but has no d2t")
     checkpoints.load_strictly(head, tensors)
     return head, TreeConfig(**config.get("specrepro_tree", {}))
 
 
-def read_config(config: dict[str, object], folder: Path | str) -> HeadConfig:
-    """HeadConfig from a released config.json; what it leaves out is as in the released code."""
-    names = {field.name for field in fields(HeadConfig)}
+def load_parts(
+    folder: Path | str, layer: str, paper: str
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and config of a checkpoint; a ValueError where it has no `layer`, so is not the
+    `paper`'s.
+    """
+    tensors, config = checkpoints.load(folder)
+    if not any(name.startswith(f"{layer}.") for name in tensors):
+        raise ValueError(
+            f"checkpoint {folder} is not an {paper} head: nothing in it is named {layer}.*;"
+            f" its tensors are {', '.join(sorted(tensors)[:3])}, ..."
+        )
+    return tensors, config
+
+
+def read_config(
+    kind: type[LayerConfig], config: dict[str, object], folder: Path | str
+) -> LayerConfig:
+    """A head's sizes from a released config.json; what it leaves out is as in the released code."""
+    names = {field.name for field in fields(kind)}
     known = {name: value for name, value in config.items() if name in names}
-    required = [field.name for field in fields(HeadConfig) if field.default is MISSING]
+    required = [field.name for field in fields(kind) if field.default is MISSING]
     if missing := [name for name in required if name not in known and name != "head_dim"]:
         raise ValueError(f"config.json of checkpoint {folder} lacks {', '.join(missing)}")
     known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
-    known.setdefault("draft_vocab_size", known["vocab_size"])
-    return HeadConfig(**known)
+    return kind(**known)
 
 
 # --- training
@@ -565,6 +675,7 @@ class Eagle3:
     draft_vocab_size: int = 32000
     tree: TreeConfig = field(default_factory=TreeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    features: str | None = None  # "final": the final state alone, Table 2's second row
 
     name: ClassVar[str] = "eagle3"
 
@@ -572,16 +683,16 @@ class Eagle3:
     def of(cls, settings: dict[str, Any]) -> Eagle3:
         """From a section of the overrides."""
         tree, training = TreeConfig(**settings["tree"]), TrainingConfig(**settings["training"])
-        return cls(settings["draft_vocab_size"], tree, training)
+        return cls(**settings | {"tree": tree, "training": training})
 
     def new_module(self, target: Target, answers: Sequence[corpus.Answer]) -> DraftHead:
         """An untrained head over the most frequent answer tokens."""
-        return new_head(target, answers, self.draft_vocab_size, self.training)
+        config = head_config(target, self.draft_vocab_size, self.features)
+        return new_head(target, answers, config, self.training.lm_head_init)
 
     def loss(self, head: DraftHead, target: Target) -> TrainingTimeTest:
         """Training-time test on the target's features."""
-        embedding = target.model.get_input_embeddings().weight
-        return TrainingTimeTest(head, embedding, target.head.weight, self.training)
+        return TrainingTimeTest(head, target, self.training)
 
     def drafter(self, head: DraftHead, target: Target) -> Drafter:
         """The head with the tree it is to draft."""
@@ -593,22 +704,27 @@ class Eagle3:
 
 
 def new_head(
-    target: Target, answers: Sequence[corpus.Answer], draft_vocab_size: int, config: TrainingConfig
+    target: Target, answers: Sequence[corpus.Answer], config: HeadConfig, lm_head_init: str
 ) -> DraftHead:
     """An untrained head over the most frequent answer tokens."""
-    head = DraftHead(head_config(target, draft_vocab_size)).to(target.device)
+    head = DraftHead(config).to(target.device)
     if hasattr(head, "d2t"):
         words = torch.tensor([token for answer in answers for token in answer.tokens])
-        head.set_vocabulary(
-            most_frequent_tokens(words, target.vocab_size, draft_vocab_size).to(target.device)
-        )
-    if config.lm_head_init == "target":
+        ids = most_frequent_tokens(words, target.vocab_size, config.draft_vocab_size)
+        head.set_vocabulary(ids.to(target.device))
+    if lm_head_init == "target":
         with torch.no_grad():
             head.lm_head.weight.copy_(target.head.weight[head.draft_token_ids()])
             head.norm.weight.copy_(target.decoder.norm.weight)
-    elif config.lm_head_init != "random":
-        raise ValueError(f"unknown lm_head_init {config.lm_head_init!r}; choose random or target")
+    elif lm_head_init != "random":
+        raise ValueError(f"unknown lm_head_init {lm_head_init!r}; choose random or target")
     return head
+
+
+def chain_like(tree: TreeConfig) -> TreeConfig:
+    """A chain as deep as `tree`, or long enough to see acceptance by depth."""
+    depth = max(tree.depth, 4)
+    return TreeConfig(depth, top_k=1, total_tokens=depth + 2)
 
 
 def drafters(
@@ -621,10 +737,9 @@ def drafters(
         head, own = load_head(checkpoint)
         return Drafter(head, target, replace(own, **changed))
 
-    def chain(target: Target) -> Drafter:  # long enough to see acceptance by depth
+    def chain(target: Target) -> Drafter:
         head, own = load_head(checkpoint)
-        depth = max(own.depth, 4)
-        return Drafter(head, target, TreeConfig(depth, top_k=1, total_tokens=depth + 2))
+        return Drafter(head, target, chain_like(own))
 
     return {"EAGLE-3": dynamic, "EAGLE-3 chain": chain}
 

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +93,8 @@ def train(
     torch.manual_seed(loop.seed)
     module = recipe.method.new_module(target, features.answers)
     if start is not None:
-        checkpoints.load_strictly(module, checkpoints.load(start)[0])
+        tied = getattr(module, "_tied_weights_keys", None) or ()
+        checkpoints.load_strictly(module, checkpoints.load(start)[0], optional=tied)
     loss = recipe.method.loss(module, target)
     prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
     batches = corpus.batch_order(
@@ -229,6 +230,15 @@ def obtain_checkpoint(
     )
 
 
+def with_setting(config: Any, name: str, value: object) -> Any:
+    """A frozen dataclass with the field `name` changed; dots lead into nested ones."""
+    first, _, rest = name.partition(".")
+    if first not in (known := [one.name for one in fields(config)]):
+        raise ValueError(f"no setting {first!r}; choose {', '.join(known)}")
+    inner = with_setting(getattr(config, first), rest, value) if rest else value
+    return replace(config, **{first: inner})
+
+
 def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.<paper> <corpus> <destination>`, alone or under torchrun."""
     parser = argparse.ArgumentParser(
@@ -249,20 +259,25 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
     )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                        help="a setting of the method, such as training.steps=1")  # fmt: skip
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     target = load_target(options.target)
     recipe = Recipe.of(method, target)
+    for name, _, value in (setting.partition("=") for setting in options.set):
+        changed = with_setting(recipe.method, name, yaml.safe_load(value))
+        recipe = replace(recipe, method=changed)
     rate = options.learning_rate or recipe.loop.learning_rate
     recipe = replace(
         recipe,
         loop=replace(recipe.loop, learning_rate=rate),
         epochs=options.epochs or recipe.epochs,
     )
+    work = options.work or Path("runs") / method.name
     make_checkpoint(
-        recipe, target, options.corpus,
-        options.work or Path("runs") / method.name, options.destination, start=options.from_checkpoint,
+        recipe, target, options.corpus, work, options.destination, start=options.from_checkpoint,
         evaluations=options.evaluations, resume=options.resume,
     )  # fmt: skip

@@ -11,7 +11,7 @@ keep a recurrent state instead of keys.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,11 +202,12 @@ class Target:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of final states (..., H), scaled and capped where the model does so."""
-        logits = self.head(hidden)
-        scale, softcap = (
-            _logit_scale(self.config),
-            getattr(self.config, "final_logit_softcapping", None),
-        )
+        return self.final_logits(self.head(hidden))
+
+    def final_logits(self, logits: Tensor) -> Tensor:
+        """What the model makes of its head's output, of any part of the vocabulary."""
+        scale = _logit_scale(self.config)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
         if scale != 1:
             logits = logits * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -299,19 +300,23 @@ def load(
 ) -> Target:
     """Load `smollm2` (the embedded target), a Hub id or a local folder of a causal LM.
 
-    Raises ValueError for a name, a model or a dtype that cannot serve, and for unreadable weights.
+    Raises ValueError for a name, a model or a dtype that cannot serve, and for weights that are
+    unreadable or not all there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(dtype, device)
     folder = str(assets.embedded_target()) if name == EMBEDDED else name
     _require_causal_config(folder, name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"cannot read the weights of target {name!r}: {str(error).splitlines()[0]};"
             " download or save the model again"
         ) from None
+    _require_every_weight(report["missing_keys"], name)
     return Target(model.to(device), _load_tokenizer(folder), name)
 
 
@@ -327,6 +332,16 @@ def _require_causal_config(folder: str, name: str) -> None:
     if config.is_encoder_decoder or not is_causal:
         reason = f"is a {config.model_type} model, not a causal language model"
         raise ValueError(_unsupported(f"target {name!r}", reason))
+
+
+def _require_every_weight(missing: Iterable[str], name: str, num_named: int = 8) -> None:
+    """transformers draws `missing` weights at random; tied and ignored ones are not among them."""
+    if names := sorted(missing):
+        others = f" and {len(names) - num_named} more" if len(names) > num_named else ""
+        raise ValueError(
+            f"the weights of target {name!r} lack {', '.join(names[:num_named])}{others};"
+            " download or save the model again"
+        )
 
 
 def _load_tokenizer(folder: str) -> object | None:

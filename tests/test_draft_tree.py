@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specrepro.draft_tree import PADDING, ROOT, DraftTree, keep_best
+from specrepro.draft_tree import PADDING, ROOT, DraftTree, Growth, keep_best, keep_nodes
 
 SIZES = (1, 2, 7, 31, 32, 33, 64, 65, 129)  # around the ends of 32-bit words
 
@@ -214,3 +214,68 @@ def test_keep_best_gives_the_whole_pool_where_more_is_asked_for() -> None:
 def test_keep_best_of_no_nodes_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="no room for its root"):
         keep_best(*scored_pool(7, 1000), num_nodes=0)
+
+
+def grown(widths: list[int], num_children: int, rng: random.Random) -> tuple[Growth, list[dict]]:
+    """Two trees grown at random, and of each what a plain walk makes of the same choices.
+
+    A node is a tuple of tokens from below the root; the walk knows each one's score, and of the
+    last frontier the nodes expanded so far that it descends from or is.
+    """
+    growth, scores = Growth(torch.tensor([7, 8])), [{(): 0.0}, {(): 0.0}]
+    frontier, expanded = [[()], [()]], [[], []]
+    for level, width in enumerate([*widths, 0]):
+        tokens = torch.stack([torch.randperm(90)[: len(frontier[0]) * num_children] for _ in "ab"])
+        tokens = tokens.view(2, len(frontier[0]), num_children)
+        log_probs = -torch.rand(tokens.shape)
+        growth.branch(log_probs, tokens)
+        candidates = [[], []]
+        for row in range(2):
+            for node, children, values in zip(
+                frontier[row], tokens[row].tolist(), log_probs[row].tolist(), strict=True
+            ):
+                for token, value in zip(children, values, strict=True):
+                    scores[row][(*node, token)] = scores[row][node] + value
+                    candidates[row].append((*node, token))
+        if level < len(widths):
+            places = [rng.sample(range(len(nodes)), width) for nodes in candidates]
+            came_from = growth.descend(torch.tensor(places))
+            before = frontier
+            frontier = [[candidates[row][n] for n in places[row]] for row in range(2)]
+            for row in range(2):
+                parents = [before[row][n] for n in came_from[row].tolist()]
+                assert parents == [node[:-1] for node in frontier[row]]
+                expanded[row] += frontier[row]
+    walked = [
+        {"scores": scores[row], "frontier": frontier[row], "expanded": expanded[row]}
+        for row in range(2)
+    ]
+    return growth, walked
+
+
+@pytest.mark.parametrize("widths", [[], [1], [3, 2, 4], [2, 5, 5, 1]])
+def test_growth_keeps_every_candidate_with_its_parent_score_and_ancestors(
+    widths: list[int],
+) -> None:
+    growth, walked = grown(widths, num_children=5, rng=random.Random(len(widths)))
+    tokens, parents, scores = growth.pool()
+    for row, walk in enumerate(walked):
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True):
+            paths.append((*paths[parent], token) if parent != ROOT else ())
+        assert dict(zip(paths, scores[row].tolist(), strict=True)) == pytest.approx(walk["scores"])
+        assert [paths[node] for node in growth.ids[row].tolist()] == walk["frontier"]
+        assert growth.tokens[row].tolist() == [
+            node[-1] if node else 7 + row for node in walk["frontier"]
+        ]
+        seen = [[n == node[: len(n)] for n in walk["expanded"]] for node in walk["frontier"]]
+        assert growth.ancestors[row].tolist() == seen
+
+
+def test_keep_nodes_cuts_a_tree_out_of_its_pool() -> None:
+    tokens = torch.tensor([[9, 1, 2, 3, 4, 5], [8, 6, 7, 1, 2, 3]])
+    parents = torch.tensor([[ROOT, 0, 0, 1, 2, 4]] * 2)
+    tree = keep_nodes(tokens, parents, torch.tensor([[0, 2, 4, 5], [0, 1, 2, 3]]))
+    tree.validate()
+    assert tree.tokens.tolist() == [[9, 2, 4, 5], [8, 6, 7, 1]]
+    assert tree.parents.tolist() == [[ROOT, 0, 1, 2], [ROOT, 0, 0, 1]]

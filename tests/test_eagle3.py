@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from specrepro import checkpoints, corpus, draft_training, eagle3, target_model
+from specrepro import checkpoints, corpus, draft_training, eagle3, recipes, target_model
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import PADDING, ROOT, DraftTree
 from specrepro.eagle3 import (
@@ -28,7 +29,7 @@ from specrepro.eagle3 import (
 )
 from specrepro.target_model import Scores, Target
 
-LLAMA_3_8B = HeadConfig(4096, 14336, 32, 8, 128, 128256, 32000)
+LLAMA_3_8B = HeadConfig(4096, 14336, 32, 8, 128, 128256)
 PROMPT = [40, 71, 70, 85, 13, 20, 66, 9]
 OTHER_PROMPTS = [[30, 31, 32], [50, 9, 8, 7, 6, 5, 44, 43, 42, 41], [77, 12, 90, 33, 61]]
 DRAFT_VOCABULARY = 40
@@ -39,11 +40,16 @@ def target(tiny_target_folder) -> Target:
     return target_model.load(str(tiny_target_folder()), dtype="float32", device="cpu")
 
 
-def make_head(target: Target, draft_vocab_size: int = DRAFT_VOCABULARY, seed: int = 0) -> DraftHead:
+def make_head(
+    target: Target,
+    draft_vocab_size: int = DRAFT_VOCABULARY,
+    seed: int = 0,
+    config: HeadConfig | None = None,
+) -> DraftHead:
     """Random weights large enough that every part of the head matters to the result."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = DraftHead(eagle3.head_config(target, draft_vocab_size))
+        head = DraftHead(config or eagle3.head_config(target, draft_vocab_size))
         for weight in head.parameters():
             # norms differ from 1, or a head that forgets one passes
             weight.data = torch.randn_like(weight) * (
@@ -69,8 +75,7 @@ def two_conversations(target: Target) -> corpus.Batch:
 
 
 def training_time_test(head: DraftHead, target: Target, **config: object) -> TrainingTimeTest:
-    embedding = target.model.get_input_embeddings().weight
-    return TrainingTimeTest(head, embedding, target.head.weight, TrainingConfig(**config))
+    return TrainingTimeTest(head, target, TrainingConfig(**config))
 
 
 def all_rows(batch: corpus.Batch) -> Tensor:
@@ -79,8 +84,8 @@ def all_rows(batch: corpus.Batch) -> Tensor:
 
 def unrolled(head: DraftHead, target: Target, batch: corpus.Batch, steps: int) -> list[Tensor]:
     """Features (b, n, H) of every row after each step, by the trainer's own code."""
-    test = training_time_test(head, target, steps=steps)
-    return list(test._unroll(batch, all_rows(batch)))
+    embedding, features = target.model.get_input_embeddings().weight, head.fuse(head.read(batch))
+    return list(eagle3.unroll(head, embedding, batch.tokens, features, all_rows(batch), steps))
 
 
 # --- what all of it should compute, written out
@@ -159,7 +164,7 @@ def loss_reference(
             continue
         if batch.choices[row, i + 1 + j] not in ids:
             continue
-        teacher = (batch.hidden[row, i + 1 + j] @ target.head.weight[ids].T).softmax(-1)
+        teacher = target.logits(batch.hidden[row, i + 1 + j])[ids].softmax(-1)
         log_q = (norm(head.norm, chain[j][row, i]) @ head.lm_head.weight.T).log_softmax(-1)
         total = total - decay**j * (teacher * log_q).sum() / (b * n)
     return total
@@ -233,26 +238,26 @@ def test_vocabulary_is_the_most_frequent_tokens_and_then_unused_low_ids():
 
 def test_vocabulary_counts_answers_and_nothing_else(target):
     answers = [corpus.Answer("a", 3, 0.0, 0, [50, 50, 60]), corpus.Answer("b", 3, 0.0, 0, [50, 70])]
-    head = eagle3.new_head(target, answers, 3, TrainingConfig())
+    head = eagle3.new_head(target, answers, eagle3.head_config(target, 3), "random")
     assert head.draft_token_ids().tolist() == [50, 60, 70]
 
 
 def test_full_vocabulary_has_no_buffers(target):
-    head = eagle3.new_head(target, [], 32000, TrainingConfig())
+    head = eagle3.new_head(target, [], eagle3.head_config(target, 32000), "random")
     assert not {"d2t", "t2d"} & head.state_dict().keys()
     assert head.config.draft_vocab_size == target.vocab_size
     assert head.draft_token_ids().tolist() == list(range(target.vocab_size))
 
 
 def test_head_starts_from_the_target_where_asked(target):
-    answers = [corpus.Answer("a", 3, 0.0, 0, [50, 60, 70])]
-    head = eagle3.new_head(target, answers, 3, TrainingConfig(lm_head_init="target"))
+    answers, config = [corpus.Answer("a", 3, 0.0, 0, [50, 60, 70])], eagle3.head_config(target, 3)
+    head = eagle3.new_head(target, answers, config, "target")
     assert torch.equal(head.lm_head.weight, target.head.weight[[50, 60, 70]])
     assert torch.equal(head.norm.weight, target.decoder.norm.weight)
-    random = eagle3.new_head(target, answers, 3, TrainingConfig())
+    random = eagle3.new_head(target, answers, config, "random")
     assert not torch.equal(random.lm_head.weight, target.head.weight[[50, 60, 70]])
     with pytest.raises(ValueError, match="unknown lm_head_init 'zeros'; choose random or target"):
-        eagle3.new_head(target, answers, 3, TrainingConfig(lm_head_init="zeros"))
+        eagle3.new_head(target, answers, config, "zeros")
 
 
 # --- training-time test
@@ -330,6 +335,27 @@ def test_loss_is_the_sum_of_its_steps_written_out(target):
     assert loss > first + 0.1
 
 
+CAPPED = {"gemma2": {"final_logit_softcapping": 3.0}, "granite": {"logits_scaling": 3.0}}
+
+
+@pytest.mark.parametrize("family", CAPPED)
+def test_teacher_is_what_the_target_makes_of_its_logits(family):
+    """Soft-capped or scaled over the draft vocabulary as over the whole."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    config = AutoConfig.for_model(family, **sizes, **CAPPED[family], dtype="float32")
+    model = AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        weight.data.normal_(std=0.5)
+    capped = Target(model, None, family)
+    head, batch = make_head(capped), two_conversations(capped)
+    loss, _ = training_time_test(head, capped, steps=2)(batch)
+    torch.testing.assert_close(loss, loss_reference(head, capped, batch, steps=2))
+    uncapped = training_time_test(head, capped, steps=2)
+    uncapped.final_logits = lambda logits: logits
+    assert (uncapped(batch)[0] - loss).abs() > 0.01 * loss, "the cap did not matter here"
+
+
 def test_gradient_is_the_slope_of_the_loss(target):
     head, batch = make_head(target), two_conversations(target)
     test = training_time_test(head, target, steps=3)
@@ -349,9 +375,8 @@ def test_gradient_is_the_slope_of_the_loss(target):
 def decode_time_chain(head: DraftHead, target: Target, tokens: Tensor, row: int) -> list[Tensor]:
     """What the drafter computes when it decodes from `row` and drafts the data's own tokens."""
     drafter = Drafter(copy.deepcopy(head), target, TreeConfig(depth=8, top_k=1))
-    prefix, taps = tokens[None, : row + 1], target.features(tokens[None, : row + 1])[0]
-    root = tokens[row + 1 : row + 2]
-    drafter.begin(prefix, torch.tensor([row + 1]), root, Scores(None, taps, None))
+    prefix, root = tokens[None, : row + 1], tokens[row + 1 : row + 2]
+    drafter.begin(prefix, torch.tensor([row + 1]), root, Scores(None, *target.features(prefix)))
     found, ancestors = [drafter._extend()], torch.zeros(1, 1, 0, dtype=torch.bool)
     for step, token in enumerate(tokens[row + 2 :]):
         ancestors = F.pad(ancestors, (0, 1), value=True)
@@ -451,6 +476,56 @@ def test_reported_agreement_and_tau_follow_their_definition(target):
     assert metrics["simulated_tau"] == pytest.approx(tau)
 
 
+# --- the ablations of Table 2
+
+
+def test_a_head_on_final_features_reads_the_final_state_and_no_tap(target, tmp_path):
+    """Training, decoding and the checkpoint agree: step j of a row is the chain from it."""
+    config = eagle3.head_config(target, DRAFT_VOCABULARY, "final")
+    head, batch = make_head(target, config=config), two_conversations(target)
+    assert head.fc.weight.shape == (64, 64)
+    batch = replace(batch, taps=torch.full_like(batch.taps, torch.nan))
+    embedding = target.model.get_input_embeddings().weight
+    expected = unrolled_reference(head, embedding, batch.tokens, batch.hidden, 3)
+    found = unrolled(head, target, batch, 3)
+    for step in range(3):
+        torch.testing.assert_close(found[step], expected[step], rtol=1e-4, atol=1e-4)
+    eagle3.save_head(head, tmp_path)
+    loaded, _ = eagle3.load_head(tmp_path)
+    assert loaded.config == config
+    chain = decode_time_chain(loaded, target, batch.tokens[0], row=7)
+    trained = unrolled(loaded, target, batch, 3)
+    for step in range(3):
+        torch.testing.assert_close(chain[step][0], trained[step][0, 7], rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_line_sets_what_an_ablation_changes(monkeypatch, target):
+    made = []
+    monkeypatch.setattr(recipes, "load_target", lambda name: target)
+    monkeypatch.setattr(recipes, "make_checkpoint", lambda recipe, *_, **__: made.append(recipe))
+    recipes.main(eagle3.Eagle3, ["corpus", "out", "--set", "training.steps=1"])
+    recipes.main(
+        eagle3.Eagle3, ["corpus", "out", "--set", "features=final", "--set", "tree.top_k=3"]
+    )
+    assert made[0].method == eagle3.Eagle3(training=TrainingConfig(steps=1))
+    assert made[1].method == eagle3.Eagle3(features="final", tree=TreeConfig(top_k=3))
+    with pytest.raises(ValueError, match="no setting 'step'; choose steps, step_decay"):
+        recipes.main(eagle3.Eagle3, ["corpus", "out", "--set", "training.step=1"])
+
+
+def test_ablations_are_settings_of_the_method(target):
+    answers = [corpus.Answer("a", 3, 0.0, 0, [50, 60, 70])]
+    final = eagle3.Eagle3(draft_vocab_size=3, features="final")
+    assert final.new_module(target, answers).config.features == "final"
+    without_test = eagle3.Eagle3(training=TrainingConfig(steps=1))
+    head, batch = make_head(target), two_conversations(target)
+    loss, metrics = without_test.loss(head, target)(batch)
+    torch.testing.assert_close(loss, loss_reference(head, target, batch, steps=1))
+    assert {"agreement_0", "simulated_tau"} == metrics.keys()
+    with pytest.raises(ValueError, match="unknown features 'taps'; choose final, or none for"):
+        eagle3.Eagle3(features="taps").new_module(target, answers)
+
+
 # --- drafting
 
 
@@ -461,7 +536,8 @@ def memorised(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Draft
     with torch.random.fork_rng():
         torch.manual_seed(0)
         answers = [corpus.Answer("", len(PROMPT), 0.0, 0, answer)]
-        head = eagle3.new_head(target, answers, DRAFT_VOCABULARY, TrainingConfig())
+        config = eagle3.head_config(target, DRAFT_VOCABULARY)
+        head = eagle3.new_head(target, answers, config, "random")
     test, batch = training_time_test(head, target, steps=4), conversation(target, PROMPT, answer)
     loop = draft_training.LoopConfig(learning_rate=3e-3, warmup_steps=5, total_steps=200)
     folder = tmp_path_factory.mktemp("memorised")
@@ -649,6 +725,19 @@ def test_impossible_trees_are_refused(sizes):
         TreeConfig(**sizes)
 
 
+def test_trees_of_a_ragged_batch_are_those_of_each_prompt_alone(target):
+    head, tree, asked = make_head(target), TreeConfig(3, 4, 14), [PROMPT, *OTHER_PROMPTS]
+    prefixes, lengths = target_model.pad([prompt[:-1] for prompt in asked])
+    scores = Scores(None, target.features(prefixes)[0], None)
+    together = drafter_of(head, target, **asdict(tree))
+    together.begin(prefixes, lengths, torch.tensor([prompt[-1] for prompt in asked]), scores)
+    found = together.propose()
+    for row, prompt in enumerate(asked):
+        alone = begun(drafter_of(head, target, **asdict(tree)), target, prompt).propose()
+        assert torch.equal(found.tokens[row], alone.tokens[0])
+        assert torch.equal(found.parents[row], alone.parents[0])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_batch_of_ragged_prompts_drafts_as_each_alone(target, memorised, monkeypatch, temperature):
     """Rows end at different times and the others go on; equal trees accept the same."""
@@ -706,6 +795,28 @@ def released(target: Target, folder: Path, without: str = "", **extra: Tensor) -
     tensors = released_tensors(target) | extra
     tensors = {name: tensor for name, tensor in tensors.items() if name != without}
     return checkpoints.save(folder, tensors, released_config(target))
+
+
+def test_projections_are_joined_for_drafting_and_the_head_stays_as_it_was(target):
+    head = make_head(target)
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    drafter = Drafter(head, target, TreeConfig(1, 3, 9))
+    assert head.state_dict().keys() == before.keys()
+    assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in before.items())
+    scores = begun(drafter, target, PROMPT)._extend().clone()
+    head.midlayer.self_attn.v_proj.weight.data.mul_(2)
+    head.midlayer.mlp.up_proj.weight.data.mul_(2)
+    again = begun(Drafter(copy.deepcopy(head), target), target, PROMPT)._extend()
+    changed = begun(drafter, target, PROMPT)._extend()
+    assert torch.equal(changed, again) and not torch.equal(changed, scores), "a stale copy"
+
+
+def test_config_says_nothing_that_released_ones_do_not(target, tmp_path):
+    """So that a checkpoint made before there were ablations is byte for byte what it was."""
+    eagle3.save_head(make_head(target), tmp_path)
+    sizes = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}
+    sizes |= {"head_dim", "vocab_size", "draft_vocab_size", "rms_norm_eps", "rope_theta"}
+    assert checkpoints.load(tmp_path)[1].keys() == eagle3.RELEASED_FIELDS.keys() | sizes
 
 
 def test_official_layout_loads_strictly_with_its_own_defaults(target, tmp_path):
