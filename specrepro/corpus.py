@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class Answer:
     temperature: float
     seed: int
     tokens: list[int]
+    prompt_hash: str = ""  # of the prompt's token ids; empty where it was not kept
 
     @property
     def num_tokens(self) -> int:
@@ -155,8 +156,8 @@ def _answer(
     options = {"temperature": temperature, "seed": [seeds[prompt_id] for prompt_id in batch]}
     generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, **options)
     answers = [
-        Answer(prompt_id, len(prompt), temperature, seeds[prompt_id], generation.tokens)
-        for (prompt_id, prompt), generation in zip(batch.items(), generations, strict=True)
+        Answer(name, len(ids), temperature, seeds[name], generation.tokens, _hash_of_ids(ids))
+        for (name, ids), generation in zip(batch.items(), generations, strict=True)
     ]
     part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
     return sum(len(answer.tokens) for answer in answers)
@@ -207,6 +208,10 @@ class FeatureRecorder(Autoregressive):
 def _seed_of(prompt_id: str, seed: int) -> int:
     """A seed of each prompt's own, the same in whatever batch or process it is answered."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()[:6], "big")
+
+
+def _hash_of_ids(token_ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(token_ids, dtype="<u4").tobytes()).hexdigest()[:16]
 
 
 class Part:
@@ -281,14 +286,20 @@ def _from_bits(bits: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(bits)).view(torch.bfloat16)
 
 
-def pack(folder: Path, destination: Path, about: dict[str, object]) -> Path:
+def pack(
+    folder: Path, destination: Path, about: dict[str, object], tokenizer: object | None = None
+) -> Path:
     """Gather the answers of `folder`/part-* into `destination`/answers.parquet, with a card.
 
-    The card has their hash and counts, and what `about` says.
+    The card has their hash and counts, and what `about` says. Given the `tokenizer` that they were
+    answered under, prompt hashes that an older version did not keep are filled in.
     """
     answers = _all_answers(folder)
     if not answers:
         raise ValueError(_no_answers(folder))
+    if tokenizer is not None:
+        ids = prompt_ids(tokenizer, answers)
+        answers = [replace(a, prompt_hash=_hash_of_ids(ids[a.prompt_id])) for a in answers]
     frame = pd.DataFrame([asdict(answer) for answer in answers]).sort_values(
         ["prompt_id", "seed"], ignore_index=True
     )
@@ -414,8 +425,8 @@ class FeatureCache:
 def prompt_ids(tokenizer: object, answers: Sequence[Answer]) -> dict[str, list[int]]:
     """Token ids of each answer's prompt, rebuilt from the prompt's id.
 
-    Raises ValueError for a prompt that is not there or whose length shows that it was answered
-    under another template.
+    Raises ValueError for a prompt that is not there, and for one whose length or hash shows that it
+    was answered under another chat template.
     """
     questions = {question.id: question for question in prompts.training_prompts()}
     if unknown := [answer.prompt_id for answer in answers if answer.prompt_id not in questions]:
@@ -427,11 +438,12 @@ def prompt_ids(tokenizer: object, answers: Sequence[Answer]) -> dict[str, list[i
         for answer in answers
     }
     for answer in answers:
-        if len(ids[answer.prompt_id]) != answer.prompt_tokens:
+        own = ids[answer.prompt_id]
+        if len(own) != answer.prompt_tokens or answer.prompt_hash not in ("", _hash_of_ids(own)):
             raise ValueError(
                 f"prompt {answer.prompt_id!r} had {answer.prompt_tokens} tokens when it was"
-                f" answered and has {len(ids[answer.prompt_id])} now: another chat template;"
-                " answer the prompts again under this one"
+                f" answered and has {len(own)} now, not the same: another chat template or"
+                " tokenizer; restore it or answer the prompts again under this one"
             )
     return ids
 

@@ -294,6 +294,18 @@ def test_a_changed_chat_template_is_refused(target, whole, monkeypatch):
         corpus.prompt_ids(target.tokenizer, answers)
 
 
+def test_a_template_that_keeps_every_length_is_refused_where_the_hash_is_known(
+    target, whole, monkeypatch
+):
+    answers = FeatureCache(whole, target.hidden_size).answers
+    template = target.tokenizer.chat_template
+    monkeypatch.setattr(target.tokenizer, "chat_template", template.replace(": ", "> "))
+    with pytest.raises(ValueError, match=r"not the same: another chat template .* answer the"):
+        corpus.prompt_ids(target.tokenizer, answers)
+    unknown = [replace(answer, prompt_hash="") for answer in answers]
+    assert corpus.prompt_ids(target.tokenizer, unknown).keys() == {a.prompt_id for a in answers}
+
+
 def test_an_answer_to_an_unknown_prompt_is_refused(target, monkeypatch, whole):
     monkeypatch.setattr(prompts, "training_prompts", lambda: iter(QUESTIONS[1:]))
     with pytest.raises(ValueError, match="'q00', which is not among the training prompts"):
@@ -313,6 +325,19 @@ def test_packing_and_loading_is_a_round_trip(whole, tmp_path):
     assert card == {"hash": loaded.hash, "command": "python"} | counts
     assert loaded.num_tokens == sum(len(answer.tokens) for answer in loaded.answers) > 0
     assert FeatureCache(whole, HIDDEN).hash == loaded.hash
+
+
+def test_packing_fills_in_the_hashes_that_an_older_version_did_not_keep(target, whole, tmp_path):
+    older = tmp_path / "older" / "part-0"
+    older.mkdir(parents=True)
+    lines = [json.loads(line) for line in (whole / "part-0" / "answers.jsonl").open()]
+    texts = [json.dumps({k: v for k, v in line.items() if k != "prompt_hash"}) for line in lines]
+    (older / "answers.jsonl").write_text("".join(text + "\n" for text in texts))
+    unknown = corpus.load(corpus.pack(older.parent, tmp_path / "unknown", {}))
+    assert {answer.prompt_hash for answer in unknown.answers} == {""}
+    known = corpus.load(corpus.pack(older.parent, tmp_path / "known", {}, target.tokenizer))
+    assert known.answers == [answer for _, answer in sorted(answers_of(whole).items())]
+    assert len({answer.prompt_hash for answer in known.answers}) == NUM_QUESTIONS
 
 
 def one_change(answers: list[Answer]) -> Iterator[list[Answer]]:
