@@ -10,6 +10,7 @@ the README are functions of those rows (`write_readme_tables`).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -24,7 +25,17 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from specrepro import checkpoints, claims, decoding, figures, losslessness, measure, prompts, rows
+from specrepro import (
+    assets,
+    checkpoints,
+    claims,
+    decoding,
+    figures,
+    losslessness,
+    measure,
+    prompts,
+    rows,
+)
 from specrepro import target_model as targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +44,7 @@ PAPERS = {
     "eagle3": "EAGLE-3: a draft head on fused features, trained by testing itself (2503.01840)",
 }
 COMMITTED = "committed full rows"
+NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 Loaders = Mapping[str, Callable[[targets.Target], decoding.Drafter]]
 
 
@@ -72,6 +84,11 @@ class Run:
         seed: int = 0,
         figures_dir: str | Path = "figures",
     ):
+        if min(num_prompts, max_new_tokens) < 0:
+            raise ValueError(
+                f"num_prompts is {num_prompts} and max_new_tokens {max_new_tokens};"
+                " give at least 1, or 0 for the tier's"
+            )
         self.paper, self.tier_name, self.tier = paper, tier, tier_named(tier)
         self.target_name, self.dtype, self.seed = target, dtype, seed
         self.num_prompts = num_prompts or self.tier.num_prompts
@@ -295,6 +312,31 @@ def require_writable(folder: Path) -> None:
         raise OSError(f"cannot write to {folder} ({error.strerror}); {remedy}") from None
     if shutil.disk_usage(folder).free < 50e6:
         raise OSError(f"less than 50 MB are free at {folder}; make room or {remedy}")
+
+
+def no_room(message: str, folder: Path) -> str | None:
+    """The one line for an error `message` of a full disk, a quota or a file size limit, else None.
+
+    What comes from safetensors or out of a notebook has the system's words, not its number.
+    """
+    reason = next((words for words in NO_ROOM if words in message), None)
+    if reason is None:
+        return None
+    remedies = {
+        folder: "choose another with -p figures_dir FOLDER",
+        assets.cache_dir(): "set SPECREPRO_CACHE to a larger disk",
+    }
+    full = next((place for place in remedies if _free_bytes(place) < 1e6), folder)
+    return (
+        f"cannot write to {full} ({reason}); make room there and go on with --resume,"
+        f" or {remedies[full]}"
+    )
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk that a folder is on, or would be."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 # --- the README's tables

@@ -33,8 +33,9 @@ WORD_BITS = 32  # ancestor bits in a word, and tree keys in a block
 FIXED_SPLIT = 256  # slots of a split in deterministic mode, times a whole number for long prefixes
 MAX_FIXED_SPLITS = 16  # bounds the partial results, which would outweigh the cache itself
 MERGE_ROWS = 16
-COUPLED_WARPS = 8
+VOCABULARY_WARPS = 8  # of the walks that read the vocabulary
 COUPLED_TILE = 4096  # tokens that the walk of a coupled draw loads at once
+RESIDUAL_TILE = 1024  # and the walk by rejection, in float64
 LARGEST_BELOW_ONE = tl.constexpr(1 - 2**-24)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -163,7 +164,9 @@ def tree_attention_kernel(
     q_at = sequence * q_sequence + nodes * q_node + (head * G + rows % G) * q_head
     q = _load_vectors(q_ptr, q_at, is_row, D, BLOCK_D)
     if HAS_WINDOW:
+        # a depth counts positions behind the prefix, whose slots have negative ones
         depths = tl.load(depths_ptr + sequence * N + nodes, mask=is_row, other=0)
+        first_seen = depths - window + 1
 
     best, total, acc = _nothing_seen(BLOCK_M, BLOCK_D)
     # from here on the pointers are those of one key-value head
@@ -178,7 +181,7 @@ def tree_attention_kernel(
         values = _load_vectors(v_cache_ptr, page * v_page + place * v_slot, is_used, D, BLOCK_D)
         is_seen = is_used[None, :]
         if HAS_WINDOW:
-            is_seen = is_seen & (length + depths[:, None] - slots[None, :] < window)
+            is_seen = is_seen & (slots[None, :] - length >= first_seen[:, None])
         best, total, acc = _attend_block(
             q, keys, values, is_seen, scale, cap, best, total, acc, HAS_SOFTCAP, PRECISION
         )
@@ -204,7 +207,7 @@ def tree_attention_kernel(
             is_seen = _ancestors(words_ptr, sequence, nodes, is_row, first, N, BLOCK_T)
             if HAS_WINDOW:
                 key_depths = tl.load(depths_ptr + sequence * N + drafted, mask=is_drafted, other=0)
-                is_seen = is_seen & (depths[:, None] - key_depths[None, :] < window)
+                is_seen = is_seen & (key_depths[None, :] >= first_seen[:, None])
             best, total, acc = _attend_block(
                 q, keys, values, is_seen, scale, cap, best, total, acc, HAS_SOFTCAP, PRECISION
             )
@@ -567,21 +570,27 @@ def choose_tiles(
     itemsize: int,
     architecture: int | str = 90,
     deterministic: bool = True,
+    is_plain: bool = True,
 ) -> Tiles:
-    """The widest tile that compiles without spilled registers, no wider than the rows need.
+    """The widest tile that spills no registers on sm_90, and next to none elsewhere, no wider than
+    the rows need.
 
     `architecture` is a CUDA capability as in sm_90, or an AMD name as in gfx942. A deterministic
     tile has at least 64 rows: from there on a wider one has more warps doing the same to their own
-    rows. Float32, and head size 256, have one tile for every number of rows.
+    rows. Float32, head size 256 and AMD have one tile for every number of rows. The widest takes
+    what registers there are: it leaves none for a window, a soft-cap (`is_plain` false) or padding
+    up to head size 128.
     """
+    if isinstance(architecture, str):
+        rows = 16 if itemsize == 4 else 32 if head_size > 128 else 64
+        return Tiles(rows, 32, warps=4, stages=1)
     if itemsize == 4:
         return Tiles(16, 32, warps=8, stages=2)
     if head_size > 128:
         return Tiles(64, 32, warps=8, stages=2)
-    if isinstance(architecture, str):
-        return Tiles(64, 32, warps=4, stages=1)
     is_hopper = 90 <= architecture < 100
-    narrowest, widest = 64 if deterministic else 16, 256 if is_hopper else 128
+    has_room = head_size == 64 or (head_size == 128 and is_plain)
+    narrowest, widest = 64 if deterministic else 16, 256 if is_hopper and has_room else 128
     rows = min(max(triton.next_power_of_2(num_rows), narrowest), widest)
     return Tiles(rows, 64 if is_hopper else 32, warps=max(rows // 16, 4), stages=2)
 
@@ -605,10 +614,11 @@ class Geometry:
 def plan(
     sequences: int, nodes: int, query_heads: int, kv_heads: int, head_size: int, capacity: int,
     itemsize: int, architecture: int | str = 90, deterministic: bool = True, num_cores: int = 132,
+    is_plain: bool = True,
 ) -> Geometry:  # fmt: skip
     """Tiles and splits of a launch; outside deterministic mode the splits fill the device."""
     num_rows = nodes * (query_heads // kv_heads)
-    tiles = choose_tiles(num_rows, head_size, itemsize, architecture, deterministic)
+    tiles = choose_tiles(num_rows, head_size, itemsize, architecture, deterministic, is_plain)
     row_blocks = -(-num_rows // tiles.rows)
     min_split, max_splits = FIXED_SPLIT, MAX_FIXED_SPLITS
     if not deterministic:
@@ -643,8 +653,9 @@ def attend(
     capacity = page_size * num_pages
     architecture, num_cores = device_of(q)
     geometry = plan(
-        B, N, Hq, Hkv, D, capacity, q.element_size(), architecture, deterministic, num_cores
-    )
+        B, N, Hq, Hkv, D, capacity, q.element_size(), architecture, deterministic, num_cores,
+        is_plain=window is None and softcap is None,
+    )  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     cache_lengths, num_nodes = cache_lengths.contiguous(), num_nodes.contiguous()
     block_table = None if block_table is None else block_table.contiguous()
@@ -739,7 +750,7 @@ def walk_coupled(
     coupled_walk_kernel[B,](
         tokens, parents, target_probs, race_times, walk.path, walk.emitted, walk.accepted,
         walk.bonus, N=N, V=V, R=R, C=C, BLOCK_N=triton.next_power_of_2(N),
-        ROWS=race_tile_rows(R, C), num_warps=COUPLED_WARPS,
+        ROWS=race_tile_rows(R, C), num_warps=VOCABULARY_WARPS,
     )  # fmt: skip
     return walk
 
@@ -760,13 +771,9 @@ def walk_by_rejection(
         tokens, parents, target_probs, target_probs if draft_probs is None else draft_probs,
         uniforms, final_uniforms, walk.path, walk.emitted, walk.accepted, walk.bonus, N=N, V=V,
         SAMPLED=draft_probs is not None, REPLACED=is_replaced, BLOCK_N=triton.next_power_of_2(N),
-        BLOCK_V=vocabulary_block(V),
+        BLOCK_V=min(triton.next_power_of_2(V), RESIDUAL_TILE), num_warps=VOCABULARY_WARPS,
     )  # fmt: skip
     return walk
-
-
-def vocabulary_block(num_tokens: int) -> int:
-    return min(triton.next_power_of_2(num_tokens), 1024)
 
 
 def keep(

@@ -34,7 +34,11 @@ def tiny_run(tiny_chat_folder, tmp_path, monkeypatch):
         (["eagle4"], "choose one of eagle3"),
         (["eagle3", "--tier", "tiny"], "choose one of smoke, laptop, full, paper"),
         (["eagle3", "-p", "sede", "1"], "unknown parameter 'sede'"),
-        (["eagle3", "-p", "seed", "one"], "parameter seed takes int, not 'one'"),
+        (["eagle3", "-p", "seed", "one"], "parameter seed takes a whole number of at least 0"),
+        (["eagle3", "-p", "num_prompts", "-3"], "of at least 0, not '-3'"),
+        (["eagle3", "-p", "tier", "smoke"], "parameter tier is set with --tier"),
+        (["eagle3", "--fre"], "unrecognized arguments: --fre"),
+        (["eagle3", "--resume", "--fresh"], "not allowed with argument --resume"),
     ],
 )
 def test_a_wrong_call_exits_2_and_names_what_is_known(arguments, said, capsys):
@@ -105,6 +109,12 @@ def test_a_stage_is_measured_once_per_configuration(tiny_run):
     tiny_run.depends_on(checkpoint="two")
     tiny_run.stage("pass_cost", make)
     assert tiny_run.of("pass_cost")["value"].tolist() == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["num_prompts", "max_new_tokens"])
+def test_a_negative_number_is_refused_rather_than_sliced_by(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}.* -3.*give at least 1, or 0 for the tier's"):
+        experiment.Run("eagle3", figures_dir=tmp_path, **{name: -3})
 
 
 def test_unknown_tiers_name_the_known_ones():

@@ -3,6 +3,7 @@
 from io import StringIO
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.container import BarContainer
@@ -252,3 +253,69 @@ def test_drawing_leaves_the_callers_style_alone():
         before = dict(matplotlib.rcParams)
         figures.tree_sweep(ROWS)
         assert dict(matplotlib.rcParams) == before
+
+
+PARENTS = [-1, 0, 0, 1, -2]
+MASK = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [0] * 5])
+
+
+def drawn_tree() -> Figure:
+    return figures.drafted_tree(["a", "b", "c", "d", ""], PARENTS, [0, 1, 3], MASK)
+
+
+def test_a_drafted_tree_shows_its_tokens_by_depth_and_its_accepted_path():
+    graph, _ = drawn_tree().axes
+    places = {text.get_text(): text.xy for text in graph.texts}
+    assert {label: depth for label, (_, depth) in places.items()} == {
+        "a": 0,
+        "b": 1,
+        "c": 1,
+        "d": 2,
+    }
+    assert places["b"][0] < places["c"][0] and places["b"][0] == places["d"][0]
+    assert places["a"][0] == (places["b"][0] + places["c"][0]) / 2, (
+        "a parent stands over the middle"
+    )
+    edges = {(*line.get_xdata(), *line.get_ydata()): line.get_color() for line in graph.lines}
+    accepted = {pair for pair, colour in edges.items() if colour == figures.PALETTE[0]}
+    steps = [("a", "b"), ("b", "d")]
+    assert accepted == {(places[a][0], places[b][0], places[a][1], places[b][1]) for a, b in steps}
+    assert len(edges) == 3, "an edge to every drafted node, none to padding"
+    inks = {text.get_text(): text.get_color() for text in graph.texts}
+    assert inks == {"a": "white", "b": "white", "c": "black", "d": "white"}
+
+
+def test_the_mask_beside_the_tree_is_the_one_given():
+    _, matrix = drawn_tree().axes
+    assert (matrix.images[0].get_array() == MASK).all()
+    assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("key of node", "query of node")
+    assert legend_labels(drawn_tree()) == ["accepted path", "sees"]
+
+
+def test_every_step_of_a_residual_has_a_panel_with_its_masses():
+    steps = {"target p": np.array([0.2, 0.5, 0.3]), "after one": np.array([0.0, 0.4, 0.6])}
+    figure = figures.residuals(["x", "y", "z"], steps)
+    assert [bar_heights(figure, panel) for panel in (0, 1)] == [
+        [[0.2, 0.5, 0.3]],
+        [[0.0, 0.4, 0.6]],
+    ]
+    for axes, name in zip(figure.axes, steps, strict=True):
+        assert axes.get_xlabel() == f"token\n{name}"
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["x", "y", "z"]
+    first, second = figure.axes
+    assert first.get_ylim() == second.get_ylim(), "panels must be comparable"
+
+
+def test_the_shares_of_the_splits_are_stacked_row_by_row():
+    shares = np.array([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]])
+    figure = figures.split_shares([0, 256, 512], shares)
+    assert bar_heights(figure, 0) == [[0.75, 0.5], [0.25, 0.25], [0.0, 0.25]]
+    tops = [patch.get_y() + patch.get_height() for patch in figure.axes[0].containers[-1]]
+    assert tops == [1, 1]
+    assert legend_labels(figure) == ["from slot 0", "from slot 256", "from slot 512"]
+    assert legend_labels(figures.split_shares([3], shares[:, :1], unit="page")) == ["from page 3"]
+
+
+def test_residuals_without_a_step_are_refused():
+    with pytest.raises(ValueError):
+        figures.residuals(["x"], {})

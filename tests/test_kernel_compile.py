@@ -1,8 +1,10 @@
 """Every kernel compiles for every architecture without a GPU, spills nothing on sm_90, and loads
 each key once.
 
-The test process interprets kernels, so compiling happens in another. For every architecture, format
-and head size: `python -m specrepro.kernel_report resources kernel_resources.csv`.
+The test process interprets kernels, so compiling happens in another. `kernel_resources.csv` is what
+it finds:
+
+    python -m specrepro.kernel_report resources kernel_resources.csv
 """
 
 from __future__ import annotations
@@ -16,9 +18,18 @@ import pandas as pd
 import pytest
 
 from specrepro import tree_kernel
-from specrepro.kernel_report import WALKS, roofline
+from specrepro.kernel_report import (
+    HEAD_SIZES,
+    TARGETS,
+    TORCH_DTYPES,
+    VARIANTS,
+    configurations,
+    roofline,
+)
 
-KERNELS = {"tree_attention_kernel", "merge_splits_kernel", "keep_accepted_kernel", *WALKS}
+TABLE = Path(__file__).parents[1] / "kernel_resources.csv"
+KEYS = ["kernel", "architecture", "dtype", "variant", "head_size", "tile_rows"]
+SHARED_KILOBYTES = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
 
 def compile_again(path: Path, *options: str) -> pd.DataFrame:
@@ -29,12 +40,52 @@ def compile_again(path: Path, *options: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def test_every_kernel_compiles_for_sm_90_and_spills_nothing_there(tmp_path: Path) -> None:
-    options = ("--targets", "sm_90", "--dtypes", "bf16", "--head-sizes", "128")
+@pytest.fixture(scope="module")
+def committed() -> pd.DataFrame:
+    return pd.read_csv(TABLE)
+
+
+def test_a_kernel_compiled_now_needs_what_the_table_says(
+    committed: pd.DataFrame, tmp_path: Path
+) -> None:
+    """One configuration of each kernel on each architecture."""
+    options = ("--first", "--dtypes", "bf16", "--head-sizes", "128")
     rows = compile_again(tmp_path / "rows.csv", *options)
-    assert set(rows["kernel"]) == KERNELS
-    assert (rows["stack_bytes"] == 0).all(), rows[rows["stack_bytes"] > 0].to_string()
-    assert rows["shared_bytes"].max() <= 227 * 1024
+    assert len(rows) == committed.groupby(["kernel", "architecture"]).ngroups
+    found = rows[KEYS].merge(committed, on=KEYS, how="left")[rows.columns]
+    pd.testing.assert_frame_equal(rows, found, check_dtype=False)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_whole_table_can_be_made_again(committed: pd.DataFrame, tmp_path: Path) -> None:
+    pd.testing.assert_frame_equal(compile_again(tmp_path / "rows.csv"), committed)
+
+
+def test_the_table_holds_every_configuration_that_launches_choose(committed: pd.DataFrame) -> None:
+    listed = configurations(list(TARGETS), list(TORCH_DTYPES), list(HEAD_SIZES))
+    expected = pd.DataFrame([one.columns() for one in listed])
+    pd.testing.assert_frame_equal(committed[expected.columns], expected, check_dtype=False)
+    kernels = {name for name in vars(tree_kernel) if name.endswith("_kernel")}
+    assert set(committed["kernel"]) == kernels
+    assert not committed.duplicated(KEYS).any()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "most"), [("sm_90", 0), ("gfx942", 0), ("sm_80", 40), ("sm_100", 40)]
+)
+def test_nothing_spills_on_sm_90_and_next_to_nothing_elsewhere(
+    architecture: str, most: int, committed: pd.DataFrame
+) -> None:
+    rows = committed[committed["architecture"] == architecture]
+    assert set(VARIANTS) <= set(rows["variant"])
+    assert rows["stack_bytes"].max() == most, rows[rows["stack_bytes"] > most].to_string()
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_shared_memory_fits_the_card(architecture: str, committed: pd.DataFrame) -> None:
+    rows = committed[committed["architecture"] == architecture]
+    assert 0 < rows["shared_bytes"].max() <= SHARED_KILOBYTES[architecture] * 1024
 
 
 SHAPE = dict(nodes=60, query_heads=32, kv_heads=8, head_size=128, itemsize=2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -354,3 +355,50 @@ def test_damaged_weights_are_refused_with_the_remedy(damage: str, tmp_path: Path
     message = refusal(tmp_path)
     assert f"cannot read the weights of target {str(tmp_path)!r}" in message
     assert "download or save the model again" in message
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_a_weight_that_is_not_there_is_named_rather_than_drawn_at_random(
+    lost: str, tmp_path: Path
+) -> None:
+    save_without(plain_model("llama"), tmp_path, lost)
+    message = refusal(tmp_path)
+    assert message.startswith(f"the weights of target {str(tmp_path)!r} lack {lost};")
+    assert "download or save the model again" in message
+
+
+def test_of_many_lost_weights_the_first_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    model = plain_model("llama")
+    lost = sorted(name for name in model.state_dict() if "layers.2" in name)
+    save_without(model, tmp_path, *lost)
+    message = refusal(tmp_path)
+    assert f"lack {', '.join(lost[:8])} and {len(lost) - 8} more;" in message
+
+
+def test_a_tied_head_is_not_missed(tmp_path: Path) -> None:
+    model = plain_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    target = target_model.load(str(tmp_path), dtype="float32")
+    logits = target.prefill([[5, 6, 7]], capacity=3)[1].logits[0, 0]
+    assert_near(logits, plain_logits(model, [5, 6, 7])[-1])
+
+
+def save_without(model: nn.Module, folder: Path, *lost: str) -> None:
+    """Save a model folder whose weights file lacks some of the weights."""
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in lost:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "granite", "cohere"])
+def test_final_logits_of_part_of_the_vocabulary_are_part_of_the_logits(case: str) -> None:
+    model = plain_model(case)
+    target, words = wrapped(model), torch.tensor([3, 11, 40])
+    _, hidden = target.features(torch.tensor([[5, 6, 7]]))
+    part = target.final_logits(hidden @ target.head.weight[words].T)
+    assert_near(part[0], plain_logits(model, [5, 6, 7])[:, words])

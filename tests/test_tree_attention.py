@@ -2,8 +2,7 @@
 reference says.
 
 Bitwise claims are about the kernel's order of reduction; on a GPU the tests marked `gpu` repeat
-them. How the kernel was broken on purpose, and which test saw it, is told at the end of
-`test_tree_verify.py`.
+them.
 """
 
 from __future__ import annotations

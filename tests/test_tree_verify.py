@@ -3,24 +3,7 @@
 Kernel and torch equal the plain-Python reference; the reference equals brute force over all
 root-to-leaf paths.
 
-The kernels were broken on purpose in fifteen ways, one at a time, and each was caught (by the test
-behind the dash; `attention` and `sampling` are the files of those names):
-
-- the length bound reads one slot too many - attention, splits of ragged prefixes (NaN)
-- every block of the tree reads the first ancestor word - attention, word boundaries
-- the heads of a group share one query - attention, groups of heads
-- the running sum is not faded - attention, splits of ragged prefixes
-- the merge does not weigh its splits - attention, splits of ragged prefixes
-- splits follow the number of nodes - attention, no row depends on what else is in the tree
-- the window counts node indices - attention, sliding window
-- the tree's keys are not stored - attention, keys wait behind the prefix
-- pages are read in order - attention, pages in any order
-- any node with the chosen token counts as a child - the walk is the reference's
-- the last accepted slot is left behind - kept slots are the path
-- a coin of zero accepts anything - sampling, a draft without mass
-- a rejection takes the draft's mass unscaled - sampling, draw by draw
-- a tried sibling may be proposed again - sampling, draw by draw
-- siblings meet the original target - sampling, draw by draw
+The kernels broken on purpose, and which test sees it: `test_kernel_mutations.py`.
 """
 
 from __future__ import annotations
