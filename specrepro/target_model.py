@@ -316,6 +316,7 @@ def load(
             f"cannot read the weights of target {name!r}: {str(error).splitlines()[0]};"
             " download or save the model again"
         ) from None
+    _require_attention_layers(model, name)
     _require_every_weight(report["missing_keys"], name)
     return Target(model.to(device), _load_tokenizer(folder), name)
 
