@@ -12,7 +12,7 @@ differ in a column that the figure does not show are refused too: choose among t
 Not done here: computing intervals, and choosing which rows a paper's figure should show.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -537,6 +537,7 @@ def drafted_tree(
     column's.
     """
     nodes = [node for node, parent in enumerate(parents) if parent >= -1]
+    _refuse_nothing("nodes", nodes)
     across, down = _tree_layout([parents[node] for node in nodes])
     with style():
         figure = _figure(8.2, 3.4)
@@ -565,6 +566,11 @@ def drafted_tree(
     return figure
 
 
+def _refuse_nothing(what: str, things: Sized) -> None:
+    if len(things) == 0:
+        raise ValueError(f"there are no {what} to draw")
+
+
 def _tree_layout(parents: list[int]) -> tuple[list[float], list[int]]:
     """Leaves side by side in the order of a walk, every parent over the middle of its children."""
     children: list[list[int]] = [[] for _ in parents]
@@ -587,6 +593,7 @@ def _tree_layout(parents: list[int]) -> tuple[list[float], list[int]]:
 
 def residuals(labels: list[str], steps: dict[str, np.ndarray]) -> Figure:
     """A target's distribution and what rejected drafts leave of it, a panel for each step."""
+    _refuse_nothing("steps", steps)
     with style():
         figure = _figure(1.2 + 2.2 * len(steps), 2.6)
         panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
@@ -601,6 +608,8 @@ def residuals(labels: list[str], steps: dict[str, np.ndarray]) -> Figure:
 
 def split_shares(starts: list[int], shares: np.ndarray, unit: str = "slot") -> Figure:
     """How much of each query row's attention falls into each split of the keys."""
+    _refuse_nothing("splits", starts)
+    _refuse_nothing("query rows", shares)
     with style():
         figure = _figure(6.4, 2.6)
         axes = figure.subplots()

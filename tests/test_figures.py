@@ -316,6 +316,16 @@ def test_the_shares_of_the_splits_are_stacked_row_by_row():
     assert legend_labels(figures.split_shares([3], shares[:, :1], unit="page")) == ["from page 3"]
 
 
-def test_residuals_without_a_step_are_refused():
-    with pytest.raises(ValueError):
-        figures.residuals(["x"], {})
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.drafted_tree([], [], [], np.zeros((0, 0))),
+        lambda: figures.residuals(["x"], {}),
+        lambda: figures.split_shares([], np.zeros((2, 0))),
+        lambda: figures.split_shares([0], np.zeros((0, 1))),
+    ],
+    ids=["tree", "residuals", "splits", "rows"],
+)
+def test_nothing_to_draw_is_refused(draw):
+    with pytest.raises(ValueError, match="there are no .* to draw"):
+        draw()
