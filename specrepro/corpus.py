@@ -365,6 +365,13 @@ def load(folder: Path) -> Corpus:
     return Corpus([Answer(**row | {"tokens": row["tokens"].tolist()}) for row in rows])
 
 
+def most_frequent_tokens(answers: Sequence[Answer], vocab_size: int, num_tokens: int) -> Tensor:
+    """(num_tokens,) ascending ids of the commonest tokens; unused low ids fill up."""
+    tokens = torch.tensor([token for answer in answers for token in answer.tokens])
+    counts = torch.bincount(tokens.long(), minlength=vocab_size)
+    return counts.sort(descending=True, stable=True).indices[:num_tokens].sort().values
+
+
 class FeatureCache:
     """Sequences with the target's features, from the parts that generation or `recompute` wrote."""
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specrepro import checkpoints, corpus, eagle3, recipes
+from specrepro.draft_layer import DraftLayer, LayerConfig, sizes_of
 from specrepro.draft_tree import DraftTree, Growth, keep_nodes
 from specrepro.eagle3 import TreeConfig
 from specrepro.target_model import Scores, Target
@@ -42,7 +43,7 @@ EAGLE2_TREE = TreeConfig(depth=5, top_k=10, total_tokens=60)  # an 8B target's, 
 
 
 @dataclass(frozen=True, slots=True)
-class HeadConfig(eagle3.LayerConfig):
+class HeadConfig(LayerConfig):
     """Sizes of EAGLE's head."""
 
     bias: bool = True  # of `fc`; some released heads have none
@@ -70,10 +71,10 @@ class DraftHead(nn.Module):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.bias)
-        self.layers = nn.ModuleList([eagle3.DraftLayer(config, config.hidden_size)])
+        self.layers = nn.ModuleList([DraftLayer(config, config.hidden_size)])
 
     @property
-    def layer(self) -> eagle3.DraftLayer:
+    def layer(self) -> DraftLayer:
         return self.layers[0]
 
     def draft_token_ids(self) -> Tensor:
@@ -271,7 +272,7 @@ class Eagle2:
 
     def new_module(self, target: Target, answers: Sequence[corpus.Answer]) -> DraftHead:
         """An untrained head."""
-        return DraftHead(HeadConfig(**eagle3.sizes_of(target))).to(target.device)
+        return DraftHead(HeadConfig(**sizes_of(target))).to(target.device)
 
     def loss(self, head: DraftHead, target: Target) -> FeatureLoss:
         """Regression to the target's features, and cross-entropy."""

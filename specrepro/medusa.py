@@ -278,10 +278,9 @@ class Medusa:
             )
         ).to(target.device)  # fmt: skip
         if hasattr(heads, "token_map"):
-            words = torch.tensor([token for answer in answers for token in answer.tokens])
-            counts = torch.bincount(words, minlength=target.vocab_size)
-            ranked = counts.sort(descending=True, stable=True).indices
-            heads.token_map.copy_(ranked[:draft_vocab_size].sort().values)
+            heads.token_map.copy_(
+                corpus.most_frequent_tokens(answers, target.vocab_size, draft_vocab_size)
+            )
         with torch.no_grad():
             for head in heads:
                 head[-1].weight.copy_(target.head.weight[heads.draft_token_ids()])

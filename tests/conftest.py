@@ -26,6 +26,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tokenizers import Tokenizer, decoders, models  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from specrepro import corpus, prompts, recipes, target_model  # noqa: E402
+from specrepro.target_model import Target  # noqa: E402
+
 TARGET_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 PADDING, BEGIN, END, UNKNOWN = 0, 1, 2, 3
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
@@ -72,6 +75,36 @@ def tiny_chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _tiny_model("llama", END).save_pretrained(path)
     _character_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def chat_target(tiny_chat_folder: Path) -> Target:
+    """The tiny Llama with a tokenizer, in float32."""
+    return target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def training_prompts(monkeypatch: pytest.MonkeyPatch) -> list[prompts.Prompt]:
+    """A dozen prompts in place of ShareGPT's, and two that choose among states."""
+    questions = [
+        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
+        for n in range(12)
+    ]
+    monkeypatch.setattr(prompts, "training_prompts", lambda: iter(questions))
+    monkeypatch.setattr(
+        recipes,
+        "held_out_questions",
+        lambda target: [[40, 71, 70, 85, 13, 20, 66, 9], [30, 31, 32]],
+    )
+    return questions
+
+
+@pytest.fixture
+def features(chat_target: Target, training_prompts: list[prompts.Prompt], tmp_path: Path) -> Path:
+    """A corpus of the tiny chat target's."""
+    folder = tmp_path / "corpus"
+    corpus.generate(chat_target, training_prompts, folder, max_new_tokens=12, batch_size=6)
+    return folder
 
 
 def _tiny_model(family: str, eos_token_id: int) -> torch.nn.Module:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_recipes
 import torch
+from drafter_cases import (
+    OTHER_PROMPTS,
+    PROMPT,
+    RECIPE,
+    assert_ragged_batch_decodes_as_each_alone,
+    assert_says_what_the_target_says,
+    learn_by_heart,
+    trained,
+    two_conversations,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from specrepro import checkpoints, corpus, draft_lm, draft_training, recipes, target_model
+from specrepro import checkpoints, corpus, draft_lm, draft_training, target_model
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_lm import Distillation, Drafter, DraftLM
 from specrepro.draft_tree import ROOT, DraftTree
 from specrepro.target_model import Target
 from specrepro.tree_verify import Verdict
 
-PROMPT = [40, 71, 70, 85, 13, 20, 66, 9]
-OTHER_PROMPTS = [[30, 31, 32], [50, 9, 8, 7, 6, 5, 44, 43, 42, 41], [77, 12, 90, 33, 61]]
 SMALL = DraftLM(32, 64, num_hidden_layers=2, num_attention_heads=2, num_drafted=3)
-
-# the corpus of the tiny chat target, as for every other method
-training_prompts, features = test_recipes.training_prompts, test_recipes.features
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +47,6 @@ def make_model(target: Target, method: DraftLM = SMALL, seed: int = 0) -> LlamaF
             if weight.dim() > 1:
                 weight.data = torch.randn_like(weight) * 2 / weight.shape[-1] ** 0.5
     return model.eval()
-
-
-def make_batch(target: Target, tokens: Tensor, is_answer: Tensor) -> corpus.Batch:
-    taps, hidden = target.features(tokens)
-    return corpus.Batch(tokens, is_answer, target.logits(hidden).argmax(-1), taps, hidden)
-
-
-def two_conversations(target: Target) -> corpus.Batch:
-    """20 tokens each; the answers are 6 to 19 and 9 to 16, and padding follows."""
-    tokens = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
-    tokens[1, 17:] = 0
-    is_answer = torch.zeros(2, 20, dtype=torch.bool)
-    is_answer[0, 6:] = is_answer[1, 9:17] = True
-    return make_batch(target, tokens, is_answer)
 
 
 # --- the model
@@ -115,7 +104,7 @@ def _causal(length: int) -> dict[str, object]:
 
 
 def test_loss_is_the_divergence_from_the_target_written_out(target):
-    model, batch = make_model(target), two_conversations(target)
+    model, batch = make_model(target), two_conversations(target, is_padded=True)
     loss, metrics = Distillation(model, target, 3)(batch)
     expected = loss_reference(model, target, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
@@ -128,7 +117,7 @@ def test_loss_is_the_divergence_from_the_target_written_out(target):
 
 
 def test_agreement_is_how_often_both_models_would_say_the_same(target, tiny_chat_folder):
-    batch = two_conversations(target)
+    batch = two_conversations(target, is_padded=True)
     itself = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
     _, metrics = Distillation(itself, target, 3)(batch)
     assert metrics == {"agreement": 1.0, "expected_tau": 4.0}
@@ -142,7 +131,7 @@ def test_agreement_is_how_often_both_models_would_say_the_same(target, tiny_chat
 def test_the_targets_logits_are_never_all_there_at_once(target, monkeypatch):
     asked, logits = [], target.logits
     spy = lambda states: asked.append(len(states)) or logits(states)  # noqa: E731
-    model, batch = make_model(target), two_conversations(target)
+    model, batch = make_model(target), two_conversations(target, is_padded=True)
     whole = Distillation(model, target, 3)(batch)[0]
     monkeypatch.setattr(target, "logits", spy)
     monkeypatch.setattr(draft_training._SoftCrossEntropy, "CHUNK", 4)
@@ -152,7 +141,7 @@ def test_the_targets_logits_are_never_all_there_at_once(target, monkeypatch):
 
 
 def test_nothing_is_learnt_where_there_is_no_answer(target):
-    model, batch = make_model(target), two_conversations(target)
+    model, batch = make_model(target), two_conversations(target, is_padded=True)
     nothing = replace(batch, is_answer=torch.zeros_like(batch.is_answer))
     loss, metrics = Distillation(model, target, 3)(nothing)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -160,7 +149,7 @@ def test_nothing_is_learnt_where_there_is_no_answer(target):
 
 
 def test_a_row_sees_no_token_that_it_is_to_predict(target):
-    model, batch, row = make_model(target), two_conversations(target), 8
+    model, batch, row = make_model(target), two_conversations(target, is_padded=True), 8
     tokens = batch.tokens.clone()
     tokens[:, row + 1 :] = (tokens[:, row + 1 :] + 40) % 90 + 5
     before, after = (model.get_decoder()(x).last_hidden_state for x in (batch.tokens, tokens))
@@ -198,16 +187,11 @@ def test_drafts_are_the_models_own_greedy_continuation(target, num_drafted):
 @pytest.fixture(scope="module")
 def memorised(target: Target, tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     """A model that knows the answer to PROMPT by heart; not to be changed."""
-    answer = decode_autoregressively(target, PROMPT, max_new_tokens=40).tokens
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = SMALL.new_module(target, [])
-    tokens = torch.tensor([PROMPT + answer])
-    batch = make_batch(target, tokens, torch.arange(tokens.shape[1])[None] >= len(PROMPT))
-    loop = draft_training.LoopConfig(learning_rate=5e-3, warmup_steps=5, total_steps=250)
-    folder = tmp_path_factory.mktemp("memorised")
-    loss = SMALL.loss(model, target)
-    return draft_training.train(model, lambda step: batch, loss, loop, folder).eval()
+    folder, loop = tmp_path_factory.mktemp("memorised"), {"learning_rate": 5e-3, "total_steps": 250}
+    return learn_by_heart(model, SMALL.loss(model, target), target, folder, **loop).eval()
 
 
 @pytest.mark.parametrize("num_drafted", [1, 3, 4])
@@ -291,22 +275,9 @@ def test_rows_that_accepted_differently_go_on_as_a_fresh_start_would(target):
 def test_batch_of_ragged_prompts_is_lossless_and_decodes_as_each_alone(
     target, memorised, monkeypatch, temperature
 ):
-    """Rows end at different times and the others go on."""
-    asked, options = [PROMPT, *OTHER_PROMPTS], {"temperature": temperature, "max_new_tokens": 30}
-    free = decode_autoregressively(target, asked, seed=[0, 1, 2, 3], **options)
-    # two rows stop early, the first and the third
-    stops = torch.tensor([free[0].tokens[9], free[2].tokens[14]])
-    monkeypatch.setattr(target, "stop_ids", stops)
-    plain = decode_autoregressively(target, asked, seed=[0, 1, 2, 3], **options)
     drafter = drafter_of(memorised, target, 2)
-    together = decode(target, drafter, asked, seed=[0, 1, 2, 3], **options)
-    assert [run.tokens for run in together] == [run.tokens for run in plain]
-    for seed, (prompt, run) in enumerate(zip(asked, together, strict=True)):
-        alone = decode(target, drafter, prompt, seed=seed, **options)
-        assert (run.tokens, run.accepted) == (alone.tokens, alone.accepted)
-        assert set(run.drafted) <= {2}
-    assert len({len(run.tokens) for run in together}) > 1, "all rows ended together"
-    assert sum(max(run.accepted) > 0 for run in together) > 1
+    runs = assert_ragged_batch_decodes_as_each_alone(target, drafter, monkeypatch, temperature)
+    assert all(set(run.drafted) <= {2} for run in runs)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma"])
@@ -336,19 +307,12 @@ def test_training_from_features_leaves_a_checkpoint_that_drafts(
     tiny_chat_folder, features, tmp_path, dtype
 ):
     target = target_model.load(str(tiny_chat_folder), dtype=dtype, device="cpu")
-    recipe = replace(test_recipes.RECIPE, method=SMALL, epochs=3)
-    out = recipes.make_checkpoint(recipe, target, features, tmp_path / "work", tmp_path / "out")
-    card = json.loads((out / "card.json").read_text())
-    assert card["recipe"]["method"]["hidden_size"] == 32 and card["held_out_tau"] >= 1
-    assert card["command"].startswith("python -m specrepro.draft_lm")
-    lines = map(json.loads, (tmp_path / "work" / "log.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) > 6 and sum(losses[-3:]) < sum(losses[:3])
+    recipe = replace(RECIPE, method=SMALL, epochs=3)
+    out, card, _ = trained(recipe, target, features, tmp_path)
+    assert card["recipe"]["method"]["hidden_size"] == 32
     drafter = Drafter.load(out, target)
     assert drafter.max_nodes == 4
-    run = decode(target, drafter, PROMPT, max_new_tokens=20)
-    if dtype == "float32":
-        assert run.tokens == decode_autoregressively(target, PROMPT, max_new_tokens=20).tokens
+    assert_says_what_the_target_says(target, drafter)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

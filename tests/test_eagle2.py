@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_eagle3 import PROMPT, conversation, norm, turned, two_conversations
+from drafter_cases import (
+    PROMPT,
+    RECIPE,
+    assert_says_what_the_target_says,
+    learn_by_heart,
+    trained,
+    two_conversations,
+)
+from test_eagle3 import norm, turned
 from torch import Tensor
 
 from specrepro import (
     checkpoints,
     corpus,
-    draft_training,
+    draft_layer,
     eagle2,
     eagle3,
-    prompts,
     recipes,
     target_model,
 )
@@ -55,7 +60,7 @@ def make_head(target: Target, seed: int = 0) -> DraftHead:
     """Random weights large enough that every part of the head matters to the result."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = DraftHead(HeadConfig(**eagle3.sizes_of(target)))
+        head = DraftHead(HeadConfig(**draft_layer.sizes_of(target)))
         for weight in head.parameters():
             # norm and bias differ from 1 and 0, or a head that forgets them passes
             weight.data = torch.randn_like(weight) * (
@@ -264,15 +269,12 @@ def test_the_shape_stays_and_the_words_change(target):
 @pytest.fixture(scope="module")
 def memorised(target: Target, tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
     """A head that knows the answer to PROMPT by heart; not to be changed."""
-    answer = decode_autoregressively(target, PROMPT, max_new_tokens=40).tokens
     with torch.random.fork_rng():
         torch.manual_seed(0)
         head = Eagle2().new_module(target, [])
     loss = FeatureLoss(head, target, TrainingConfig(noise=0.02))
-    batch = conversation(target, PROMPT, answer)
-    loop = draft_training.LoopConfig(learning_rate=3e-3, warmup_steps=5, total_steps=400)
-    folder = tmp_path_factory.mktemp("memorised")
-    return draft_training.train(head, lambda step: batch, loss, loop, folder)
+    folder, loop = tmp_path_factory.mktemp("memorised"), {"learning_rate": 3e-3, "total_steps": 400}
+    return learn_by_heart(head, loss, target, folder, **loop)
 
 
 def test_one_memorised_conversation_is_drafted_to_the_cap(target, memorised):
@@ -341,9 +343,9 @@ def test_what_is_saved_drafts_the_same_and_keeps_its_tree(target, tmp_path):
 
 
 def test_released_files_load_with_their_embedding_and_without_a_bias(target, tmp_path):
-    config = replace(HeadConfig(**eagle3.sizes_of(target)), bias=False)
+    config = replace(HeadConfig(**draft_layer.sizes_of(target)), bias=False)
     tensors = DraftHead(config).state_dict() | {"embed_tokens.weight": torch.ones(100, 64)}
-    known = {k: v for k, v in eagle3.sizes_of(target).items() if k != "head_dim"}
+    known = {k: v for k, v in draft_layer.sizes_of(target).items() if k != "head_dim"}
     checkpoints.save(tmp_path, tensors, known | {"bias": False, "num_hidden_layers": 1})
     head, tree = eagle2.load_head(tmp_path)
     assert tree == TreeConfig(5, 10, 60) and head.config.head_dim == 16
@@ -360,7 +362,7 @@ def test_another_papers_checkpoint_is_refused_by_name(target, tmp_path):
 
 
 def test_head_of_another_target_is_refused(target):
-    config = replace(HeadConfig(**eagle3.sizes_of(target)), vocab_size=151936)
+    config = replace(HeadConfig(**draft_layer.sizes_of(target)), vocab_size=151936)
     with pytest.raises(ValueError, match="vocabulary 151936, but .* has 100"):
         Drafter(DraftHead(config), target)
 
@@ -375,29 +377,12 @@ def test_loaders_draft_a_table_a_tree_and_a_chain_of_one_head(target, tmp_path):
     assert eagle2.DRAFTERS.keys() == loaders.keys()
 
 
-def test_training_from_features_leaves_a_checkpoint_that_drafts(
-    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    target = target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
-    questions = [
-        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
-        for n in range(12)
-    ]
-    monkeypatch.setattr(prompts, "training_prompts", lambda: iter(questions))
-    monkeypatch.setattr(recipes, "held_out_questions", lambda target: [PROMPT, [30, 31, 32]])
-    corpus.generate(target, questions, tmp_path / "corpus", max_new_tokens=12, batch_size=6)
-    loop = draft_training.LoopConfig(learning_rate=1e-3, warmup_steps=2)
-    recipe = recipes.Recipe(Eagle2(TreeConfig(2, 3, 8)), loop, batch_tokens=120, epochs=3)
-    out = recipes.make_checkpoint(
-        recipe, target, tmp_path / "corpus", tmp_path / "work", tmp_path / "out"
-    )
-    log = (tmp_path / "work" / "log.jsonl").read_text().splitlines()
-    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
-    assert len(losses) > 6 and sum(losses[-3:]) < sum(losses[:3])
-    drafter = Drafter.load(out, target)
+def test_training_from_features_leaves_a_checkpoint_that_drafts(chat_target, features, tmp_path):
+    recipe = replace(RECIPE, method=Eagle2(TreeConfig(2, 3, 8)), epochs=3)
+    out, _, _ = trained(recipe, chat_target, features, tmp_path)
+    drafter = Drafter.load(out, chat_target)
     assert drafter.tree == TreeConfig(2, 3, 8)
-    run = decode(target, drafter, PROMPT, max_new_tokens=20)
-    assert run.tokens == decode_autoregressively(target, PROMPT, max_new_tokens=20).tokens
+    assert_says_what_the_target_says(chat_target, drafter)
 
 
 def test_overrides_of_the_embedded_target_are_settings_of_the_method(target, monkeypatch):

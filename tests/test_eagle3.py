@@ -13,10 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from drafter_cases import (
+    OTHER_PROMPTS,
+    PROMPT,
+    answer_to_prompt,
+    assert_ragged_batch_decodes_as_each_alone,
+    conversation,
+    learn_by_heart,
+    make_batch,
+    two_conversations,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specrepro import checkpoints, corpus, draft_training, eagle3, recipes, target_model
+from specrepro import checkpoints, corpus, eagle3, recipes, target_model
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import PADDING, ROOT, DraftTree
 from specrepro.eagle3 import (
@@ -30,8 +40,6 @@ from specrepro.eagle3 import (
 from specrepro.target_model import Scores, Target
 
 LLAMA_3_8B = HeadConfig(4096, 14336, 32, 8, 128, 128256)
-PROMPT = [40, 71, 70, 85, 13, 20, 66, 9]
-OTHER_PROMPTS = [[30, 31, 32], [50, 9, 8, 7, 6, 5, 44, 43, 42, 41], [77, 12, 90, 33, 61]]
 DRAFT_VOCABULARY = 40
 
 
@@ -59,19 +67,6 @@ def make_head(
             token_ids = torch.randperm(target.vocab_size)[:draft_vocab_size]
             head.set_vocabulary(token_ids.sort().values)
     return head
-
-
-def make_batch(target: Target, tokens: Tensor, is_answer: Tensor) -> corpus.Batch:
-    taps, hidden = target.features(tokens)
-    return corpus.Batch(tokens, is_answer, target.logits(hidden).argmax(-1), taps, hidden)
-
-
-def two_conversations(target: Target) -> corpus.Batch:
-    """20 tokens each; the answers are 6 to 19 and 9 to 16."""
-    tokens = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
-    is_answer = torch.zeros(2, 20, dtype=torch.bool)
-    is_answer[0, 6:] = is_answer[1, 9:17] = True
-    return make_batch(target, tokens, is_answer)
 
 
 def training_time_test(head: DraftHead, target: Target, **config: object) -> TrainingTimeTest:
@@ -231,9 +226,9 @@ def test_offsets_and_mask_name_the_same_tokens(target):
 
 
 def test_vocabulary_is_the_most_frequent_tokens_and_then_unused_low_ids():
-    tokens = torch.tensor([9, 9, 9, 4, 4, 7, 7, 7, 7])
-    assert eagle3.most_frequent_tokens(tokens, 10, 2).tolist() == [7, 9]
-    assert eagle3.most_frequent_tokens(tokens, 10, 5).tolist() == [0, 1, 4, 7, 9]
+    answers = [corpus.Answer("", 1, 0.0, 0, tokens) for tokens in ([9, 9, 9, 4, 4], [7, 7, 7, 7])]
+    assert corpus.most_frequent_tokens(answers, 10, 2).tolist() == [7, 9]
+    assert corpus.most_frequent_tokens(answers, 10, 5).tolist() == [0, 1, 4, 7, 9]
 
 
 def test_vocabulary_counts_answers_and_nothing_else(target):
@@ -532,21 +527,13 @@ def test_ablations_are_settings_of_the_method(target):
 @pytest.fixture(scope="module")
 def memorised(target: Target, tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
     """A head that knows the answer to PROMPT by heart; not to be changed."""
-    answer = decode_autoregressively(target, PROMPT, max_new_tokens=40).tokens
+    answers = [answer_to_prompt(target)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        answers = [corpus.Answer("", len(PROMPT), 0.0, 0, answer)]
         config = eagle3.head_config(target, DRAFT_VOCABULARY)
         head = eagle3.new_head(target, answers, config, "random")
-    test, batch = training_time_test(head, target, steps=4), conversation(target, PROMPT, answer)
-    loop = draft_training.LoopConfig(learning_rate=3e-3, warmup_steps=5, total_steps=200)
-    folder = tmp_path_factory.mktemp("memorised")
-    return draft_training.train(head, lambda step: batch, test, loop, folder)
-
-
-def conversation(target: Target, prompt: list[int], answer: list[int]) -> corpus.Batch:
-    tokens = torch.tensor([prompt + answer])
-    return make_batch(target, tokens, torch.arange(tokens.shape[1])[None] >= len(prompt))
+    test, folder = training_time_test(head, target, steps=4), tmp_path_factory.mktemp("memorised")
+    return learn_by_heart(head, test, target, folder, learning_rate=3e-3, total_steps=200)
 
 
 def drafter_of(head: DraftHead, target: Target, kind: type = Drafter, **tree: int) -> Drafter:
@@ -740,22 +727,8 @@ def test_trees_of_a_ragged_batch_are_those_of_each_prompt_alone(target):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_batch_of_ragged_prompts_drafts_as_each_alone(target, memorised, monkeypatch, temperature):
-    """Rows end at different times and the others go on; equal trees accept the same."""
-    prompts_, options = [PROMPT, *OTHER_PROMPTS], {"temperature": temperature, "max_new_tokens": 30}
-    free = [
-        decode_autoregressively(target, prompt, seed=seed, **options).tokens
-        for seed, prompt in enumerate(prompts_)
-    ]
-    # two rows stop early, the first and the third
-    monkeypatch.setattr(target, "stop_ids", torch.tensor([free[0][9], free[2][14]]))
     drafter = drafter_of(memorised, target, depth=3, top_k=6, total_tokens=16)
-    together = decode(target, drafter, prompts_, seed=[0, 1, 2, 3], **options)
-    for seed, (prompt, run) in enumerate(zip(prompts_, together, strict=True)):
-        alone = decode(target, drafter, prompt, seed=seed, **options)
-        assert (run.tokens, run.accepted) == (alone.tokens, alone.accepted)
-        assert run.drafted == alone.drafted
-    assert len({len(run.tokens) for run in together}) > 1, "all rows ended together"
-    assert sum(max(run.accepted) > 0 for run in together) > 1
+    assert_ragged_batch_decodes_as_each_alone(target, drafter, monkeypatch, temperature)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -17,7 +17,9 @@ PACKAGE = ROOT / "specrepro"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 NGRAM = {"decoding", "draft_tree", "target_model"}
-EAGLE3 = NGRAM | {"tree_verify", "checkpoints", "draft_training", "corpus", "recipes"}
+EAGLE3 = NGRAM | {
+    "tree_verify", "checkpoints", "draft_training", "draft_layer", "corpus", "recipes",
+}  # fmt: skip
 EXTENDS_EAGLE3 = EAGLE3 | {"eagle3"}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "__init__": set(),
@@ -36,6 +38,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "decoding", "target_model", "tree_verify", "prompts", "assets", "checkpoints",
     },
     "draft_training": {"checkpoints"},
+    "draft_layer": {"target_model"},
     "recipes": {
         "checkpoints", "corpus", "decoding", "draft_training", "prompts", "target_model",
     },

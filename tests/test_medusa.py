@@ -10,23 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_recipes
 import torch
+from drafter_cases import (
+    OTHER_PROMPTS,
+    PROMPT,
+    RECIPE,
+    answer_to_prompt,
+    assert_ragged_batch_decodes_as_each_alone,
+    assert_says_what_the_target_says,
+    learn_by_heart,
+    make_batch,
+    trained,
+    two_conversations,
+)
 from torch import Tensor
 
-from specrepro import checkpoints, corpus, draft_training, medusa, recipes, target_model
+from specrepro import checkpoints, corpus, draft_training, medusa, target_model
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import ROOT, DraftTree
 from specrepro.medusa import Drafter, Heads, HeadsConfig, HeadsLoss, Medusa
 from specrepro.target_model import Scores, Target
 from specrepro.tree_verify import Verdict
 
-PROMPT = [40, 71, 70, 85, 13, 20, 66, 9]
-OTHER_PROMPTS = [[30, 31, 32], [50, 9, 8, 7, 6, 5, 44, 43, 42, 41], [77, 12, 90, 33, 61]]
 SMALL = Medusa(num_heads=3, draft_vocab_size=40, total_tokens=12)
-
-# the corpus of the tiny chat target, as for every other method
-training_prompts, features = test_recipes.training_prompts, test_recipes.features
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +50,6 @@ def make_heads(target: Target, num_heads: int = 3, num_layers: int = 1, seed: in
             weight.data = torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5
         heads.token_map.copy_(torch.randperm(target.vocab_size)[:40].sort().values)
     return heads
-
-
-def make_batch(target: Target, tokens: Tensor, is_answer: Tensor) -> corpus.Batch:
-    taps, hidden = target.features(tokens)
-    return corpus.Batch(tokens, is_answer, target.logits(hidden).argmax(-1), taps, hidden)
-
-
-def two_conversations(target: Target) -> corpus.Batch:
-    """20 tokens each; the answers are 6 to 19 and 9 to 16."""
-    tokens = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
-    is_answer = torch.zeros(2, 20, dtype=torch.bool)
-    is_answer[0, 6:] = is_answer[1, 9:17] = True
-    return make_batch(target, tokens, is_answer)
 
 
 def guesses_reference(heads: Heads, k: int, state: Tensor) -> Tensor:
@@ -249,14 +242,9 @@ def test_nodes_are_the_best_guesses_of_each_head_one_by_one(target, total_tokens
 @pytest.fixture(scope="module")
 def memorised(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Heads:
     """Heads that know the answer to PROMPT by heart; not to be changed."""
-    answer = decode_autoregressively(target, PROMPT, max_new_tokens=40).tokens
-    heads = SMALL.new_module(target, [corpus.Answer("", len(PROMPT), 0.0, 0, answer)])
-    tokens = torch.tensor([PROMPT + answer])
-    batch = make_batch(target, tokens, torch.arange(tokens.shape[1])[None] >= len(PROMPT))
-    loop = draft_training.LoopConfig(learning_rate=5e-3, warmup_steps=5, total_steps=150)
-    folder = tmp_path_factory.mktemp("memorised")
-    loss = SMALL.loss(heads, target)
-    return draft_training.train(heads, lambda step: batch, loss, loop, folder)
+    heads = SMALL.new_module(target, [answer_to_prompt(target)])
+    folder, loop = tmp_path_factory.mktemp("memorised"), {"learning_rate": 5e-3, "total_steps": 150}
+    return learn_by_heart(heads, SMALL.loss(heads, target), target, folder, **loop)
 
 
 def drafter_of(heads: Heads, target: Target, total_tokens: int, kind: type = Drafter) -> Drafter:
@@ -330,23 +318,8 @@ def test_rows_go_on_from_the_state_of_the_last_node_each_accepted(target):
 def test_batch_of_ragged_prompts_is_lossless_and_decodes_as_each_alone(
     target, memorised, monkeypatch, temperature
 ):
-    """Rows end at different times and the others go on."""
-    asked, options = [PROMPT, *OTHER_PROMPTS], {"temperature": temperature, "max_new_tokens": 30}
-    free = decode_autoregressively(target, asked, seed=[0, 1, 2, 3], **options)
-    # two rows stop early, the first and the third
-    stops = torch.tensor([free[0].tokens[9], free[2].tokens[14]])
-    monkeypatch.setattr(target, "stop_ids", stops)
-    plain = decode_autoregressively(target, asked, seed=[0, 1, 2, 3], **options)
     drafter = drafter_of(memorised, target, 24)
-    together = decode(target, drafter, asked, seed=[0, 1, 2, 3], **options)
-    assert [run.tokens for run in together] == [run.tokens for run in plain]
-    for seed, (prompt, run) in enumerate(zip(asked, together, strict=True)):
-        alone = decode(target, drafter, prompt, seed=seed, **options)
-        assert (run.tokens, run.accepted, run.drafted) == (
-            alone.tokens, alone.accepted, alone.drafted,
-        )  # fmt: skip
-    assert len({len(run.tokens) for run in together}) > 1, "all rows ended together"
-    assert sum(max(run.accepted) > 0 for run in together) > 1
+    assert_ragged_batch_decodes_as_each_alone(target, drafter, monkeypatch, temperature)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma"])
@@ -373,19 +346,12 @@ def test_training_from_features_leaves_a_checkpoint_that_drafts(
     tiny_chat_folder, features, tmp_path, dtype
 ):
     target = target_model.load(str(tiny_chat_folder), dtype=dtype, device="cpu")
-    recipe = replace(test_recipes.RECIPE, method=SMALL, epochs=3)
-    out = recipes.make_checkpoint(recipe, target, features, tmp_path / "work", tmp_path / "out")
-    card = json.loads((out / "card.json").read_text())
-    assert card["recipe"]["method"]["num_heads"] == 3 and card["held_out_tau"] >= 1
-    assert card["command"].startswith("python -m specrepro.medusa")
-    lines = map(json.loads, (tmp_path / "work" / "log.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) > 6 and sum(losses[-3:]) < sum(losses[:3])
+    recipe = replace(RECIPE, method=SMALL, epochs=3)
+    out, card, _ = trained(recipe, target, features, tmp_path)
+    assert card["recipe"]["method"]["num_heads"] == 3
     drafter = Drafter.load(out, target)
     assert drafter.max_nodes == 12
-    run = decode(target, drafter, PROMPT, max_new_tokens=20)
-    if dtype == "float32":
-        assert run.tokens == decode_autoregressively(target, PROMPT, max_new_tokens=20).tokens
+    assert_says_what_the_target_says(target, drafter)
 
 
 def test_what_is_saved_drafts_the_same_and_keeps_its_tree(target, tmp_path):
