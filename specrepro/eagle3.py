@@ -601,6 +601,20 @@ def drafters(
     return {"EAGLE-3": dynamic, "EAGLE-3 chain": chain}
 
 
+def controls(checkpoint: Path | str = CHECKPOINT) -> dict[str, Callable[[Target], Drafter]]:
+    """A head of the checkpoint's shape that has learnt nothing: it must be as lossless."""
+
+    def untrained(target: Target) -> Drafter:
+        head, own = load_head(checkpoint)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for weight in head.parameters():
+                weight.data = torch.randn_like(weight) / weight.shape[-1] ** 0.5
+        return Drafter(head, target, own)
+
+    return {"EAGLE-3, random weights": untrained}
+
+
 def sweep(
     checkpoint: Path | str, target: Target, depths: Sequence[int], sizes: Sequence[int]
 ) -> dict[str, tuple]:

@@ -11,6 +11,7 @@ the README are functions of those rows (`write_readme_tables`).
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -59,13 +60,17 @@ class Tier:
     repeats: int
     audited_prompts: int  # decoded again for losslessness
     audited_tokens: int
+    exact_tokens: int  # of the same prompts in float32, which is slow
+    num_answers: int | None = None  # of the corpus that a drafter is trained on here; None is all
 
 
 TIERS = {
-    "smoke": Tier("a prompt per set, to see that everything runs", "3 minutes", 1, 16, 1, 2, 12),
-    "laptop": Tier("the committed checkpoint, with intervals", "15 minutes", 4, 128, 1, 4, 48),
-    "full": Tier("trains from scratch; makes what is committed", "hours", 40, 128, 3, 40, 128),
-    "paper": Tier("the paper's targets and settings, on GPUs", "hours", 80, 512, 3, 40, 128),
+    "smoke": Tier(
+        "a prompt per set, to see that everything runs", "3 minutes", 1, 16, 1, 2, 12, 6, 48
+    ),
+    "laptop": Tier("the committed checkpoint, with intervals", "15 minutes", 4, 128, 1, 4, 48, 24),
+    "full": Tier("trains from scratch; makes what is committed", "hours", 40, 128, 3, 40, 128, 128),
+    "paper": Tier("the paper's targets and settings, on GPUs", "hours", 80, 512, 3, 40, 128, 128),
 }
 
 
@@ -95,6 +100,8 @@ class Run:
         self.max_new_tokens = max_new_tokens or self.tier.max_new_tokens
         self.folder = Path(figures_dir) / paper
         self.records = records_folder(self.folder, tier)
+        # of a drafter trained here: a sample of the corpus is no start for all of it
+        self.work = Path("runs") / ("sample" if self.tier.num_answers else "whole") / paper
         self._began = time.perf_counter()
         self._tables: list[pd.DataFrame] = []
         require_writable(self.folder)
@@ -128,6 +135,10 @@ class Run:
     @cached_property
     def target(self) -> targets.Target:
         return targets.load(self.target_name, dtype=self.dtype)
+
+    @cached_property
+    def _exact_target(self) -> targets.Target:
+        return targets.load(self.target_name, dtype="float32")
 
     @cached_property
     def environment(self) -> dict[str, object]:
@@ -220,33 +231,39 @@ class Run:
         found = self.rows
         return found[found["quantity"].isin(quantities)].dropna(axis=1, how="all")
 
-    def audit(self, loaders: Loaders, sets: Sequence[str] = ("chat", "humaneval")) -> pd.DataFrame:
+    def audit(
+        self,
+        loaders: Loaders,
+        controls: Loaders | None = None,
+        sets: Sequence[str] = ("chat", "humaneval"),
+    ) -> pd.DataFrame:
         """Is every method lossless, at batch 1 and 4?
 
-        In the run's own dtype only near ties may part. Float32 carries the claim of exactness; it
-        is slow, so it decodes half as many tokens.
+        In the run's own dtype only near ties may part; float32 carries the claim of exactness.
+        Where prompts are many, drafters that draft badly are asked too: `controls`, and one that is
+        always wrong. Each set, dtype and batch size is a stage of its own, to resume from.
         """
-        self.stage("audit", lambda: self._audit(loaders, sets))
+        if self.tier.audited_prompts >= 40:
+            wrong = {"wrong drafts": lambda target: losslessness.WrongDrafts()}
+            loaders = {**loaders, **(controls or {}), **wrong}
+        num_prompts = max(1, self.tier.audited_prompts // len(sets))
+        cases = itertools.product(dict.fromkeys((self.dtype, "float32")), sets, (1, 4))
+        for dtype, name, batch in cases:
+            audit = partial(self._audit, loaders, dtype, name, num_prompts, batch)
+            self.stage(f"audit_{dtype}_{name}_{batch}", audit)
         return self.of("losslessness", "near_tie")
 
-    def _audit(self, loaders: Loaders, sets: Sequence[str]) -> pd.DataFrame:
-        exact = targets.load(self.target_name, dtype="float32")
-        num_prompts = max(1, self.tier.audited_prompts // len(sets))
-        tables = []
-        for target, num_tokens in (
-            (self.target, self.tier.audited_tokens),
-            (exact, self.tier.audited_tokens // 2),
-        ):
-            drafters = {name: load(target) for name, load in loaders.items()}
-            tables += [
-                losslessness.losslessness(
-                    target, drafters, self.questions(name, num_prompts), prompts=name,
-                    max_new_tokens=num_tokens, batch=batch, seed=self.seed,
-                )
-                for name in sets
-                for batch in (1, 4)
-            ]  # fmt: skip
-        return pd.concat(tables, ignore_index=True)
+    def _audit(
+        self, loaders: Loaders, dtype: str, name: str, num_prompts: int, batch: int
+    ) -> pd.DataFrame:
+        is_own = dtype == self.dtype
+        target = self.target if is_own else self._exact_target
+        return losslessness.losslessness(
+            target, {method: load(target) for method, load in loaders.items()},
+            self.questions(name, num_prompts), prompts=name,
+            max_new_tokens=self.tier.audited_tokens if is_own else self.tier.exact_tokens,
+            batch=batch, seed=self.seed,
+        )  # fmt: skip
 
     def save(self, figure: Figure, name: str) -> Figure:
         """Write figures/<paper>/<name>.png and hand the figure back for the notebook to show."""

@@ -128,15 +128,17 @@ def make_checkpoint(
     *,
     start: Path | None = None,
     evaluations: int = 4,
+    num_answers: int | None = None,
     resume: bool = False,
 ) -> Path:
     """Train on the corpus's features for `recipe.epochs` and write the checkpoint with its card.
 
-    The head begins anew, or from the checkpoint `start`, whose card is then part of its own. The
-    state with the highest held-out tau of `evaluations` looks is the one that is kept.
+    `num_answers` takes a fair sample of the corpus. The head begins anew, or from the checkpoint
+    `start`, whose card is then part of its own. The state with the highest held-out tau of
+    `evaluations` looks is the one that is kept.
     """
     began = time.perf_counter()
-    features = corpus.FeatureCache(corpus_folder, target.hidden_size)
+    features = corpus.FeatureCache(corpus_folder, target.hidden_size, num_answers)
     _, num_ranks = draft_training.join_processes()
     steps = corpus.num_batches(features.answers, recipe.batch_tokens, recipe.epochs) // num_ranks
     every = max(1, steps // evaluations)
@@ -226,8 +228,9 @@ def obtain_checkpoint(
         questions = list(itertools.islice(prompts.training_prompts(), num_answers))
         corpus.generate(target, questions, features)
     return make_checkpoint(
-        recipe, target, features, work / "training", work / "checkpoint", resume=True
-    )
+        recipe, target, features, work / "training", work / "checkpoint",
+        num_answers=num_answers, resume=True,
+    )  # fmt: skip
 
 
 def with_setting(config: Any, name: str, value: object) -> Any:

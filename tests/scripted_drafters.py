@@ -7,10 +7,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from specrepro.draft_tree import PADDING, ROOT, DraftTree
 from specrepro.target_model import Scores
 from specrepro.tree_verify import Verdict
+
+
+def said_by_generate(
+    folder: str, prompts: Sequence[Sequence[int]], num_new: int
+) -> list[list[int]]:
+    """What `transformers.generate` says greedily after each prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    said = [
+        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=num_new)[0]
+        for prompt in prompts
+    ]
+    return [ids[len(prompt) :].tolist() for ids, prompt in zip(said, prompts, strict=True)]
 
 
 class Scripted:

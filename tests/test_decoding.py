@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted_drafters import Scripted, drafters
+from scripted_drafters import Scripted, drafters, said_by_generate
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -63,12 +62,7 @@ def stopping_target(
     """The same weights ending at a token of the first sequence, and what `generate` then says."""
     stop = words[0][place_of_a_new_word(words[0])]
     folder = str(tiny_target_folder("llama", eos_token_id=stop))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    said = [
-        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_NEW)[0]
-        for prompt in PROMPTS
-    ]
-    ended = [ids[len(prompt) :].tolist() for ids, prompt in zip(said, PROMPTS, strict=True)]
+    ended = said_by_generate(folder, PROMPTS, NUM_NEW)
     return target_model.load(folder, dtype="float32"), ended
 
 

@@ -310,20 +310,19 @@ def test_diagonal_blocks_are_dense_attention_under_the_explicit_mask(dtype, step
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_one_step_is_plain_soft_cross_entropy(target):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_loss_is_the_sum_of_its_steps_written_out(target, steps):
+    """One step is plain soft cross-entropy."""
     head, batch = make_head(target), two_conversations(target)
-    loss, _ = training_time_test(head, target, steps=1)(batch)
-    expected = loss_reference(head, target, batch, steps=1)
+    loss, _ = training_time_test(head, target, steps=steps)(batch)
+    expected = loss_reference(head, target, batch, steps=steps)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients_of(loss, head), gradients_of(expected, head))
 
 
-def test_loss_is_the_sum_of_its_steps_written_out(target):
+def test_without_weight_later_steps_leave_plain_training(target):
     head, batch = make_head(target), two_conversations(target)
     loss, _ = training_time_test(head, target, steps=4)(batch)
-    expected = loss_reference(head, target, batch, steps=4)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert_same_gradients(gradients_of(loss, head), gradients_of(expected, head))
     first, _ = training_time_test(head, target, steps=4, step_decay=0.0)(batch)
     alone, _ = training_time_test(head, target, steps=1)(batch)
     torch.testing.assert_close(first, alone)
@@ -862,6 +861,17 @@ def test_what_is_saved_drafts_the_same_and_keeps_its_tree(target, tmp_path):
     assert torch.equal(loaded.d2t, head.d2t)
     assert torch.equal(loaded.fc.weight, head.fc.weight.bfloat16().float())
     assert Drafter.load(tmp_path, target).tree == tree
+
+
+def test_the_control_has_the_shape_of_the_head_and_none_of_its_weights(target, tmp_path):
+    eagle3.save_head(make_head(target), tmp_path, TreeConfig(2, 5, 11))
+    ours, theirs = Drafter.load(tmp_path, target), eagle3.controls(tmp_path)
+    (control,) = (load(target) for load in theirs.values())
+    again = theirs["EAGLE-3, random weights"](target)
+    assert control.tree == ours.tree and torch.equal(control.token_ids, ours.token_ids)
+    assert torch.equal(control.head.fc.weight, again.head.fc.weight)
+    pairs = zip(control.head.parameters(), ours.head.parameters(), strict=True)
+    assert not any(torch.equal(mine, learnt) for mine, learnt in pairs)
 
 
 def test_loaders_draft_a_tree_and_a_chain_of_the_same_head(target, tmp_path):

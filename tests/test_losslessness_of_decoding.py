@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TARGET_FAMILIES
 from scipy.stats import chisquare
-from scripted_drafters import FixedTree, drafters
+from scripted_drafters import FixedTree, drafters, said_by_generate
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,12 +41,7 @@ def spoken(tiny_target_folder: Callable[..., Path]) -> Spoken:
     @cache
     def target_and_words(family: str) -> tuple[Target, list[list[int]]]:
         folder = str(tiny_target_folder(family))
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        said = [
-            model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_NEW)[0]
-            for prompt in PROMPTS
-        ]
-        words = [ids[len(prompt) :].tolist() for ids, prompt in zip(said, PROMPTS, strict=True)]
+        words = said_by_generate(folder, PROMPTS, NUM_NEW)
         return target_model.load(folder, dtype="float32"), words
 
     return target_and_words
