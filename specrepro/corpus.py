@@ -551,11 +551,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-tokens", type=int, default=256, help="skip longer prompts")
     parser.add_argument("--passes", type=int, default=1, help="answers of each prompt")
+    parser.add_argument("--sources", nargs="+", choices=prompts.SOURCES, default=prompts.SOURCES,
+                        help="of prompts")  # fmt: skip
     options = parser.parse_args(arguments)
     torch.set_num_threads(max(1, torch.get_num_threads() // options.num_ranks))
     generate(
         target_model.load(options.target),
-        list(prompts.training_prompts()),
+        list(prompts.training_prompts(options.sources)),
         options.folder,
         max_new_tokens=options.max_new_tokens,
         max_prompt_tokens=options.max_prompt_tokens,

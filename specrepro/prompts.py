@@ -3,7 +3,8 @@
 Five sets stand in for the five that the papers evaluate on, from data that needs no Hub: HumanEval
 itself, generated grade-school maths, and chat, instruction and summarisation prompts from a tenth
 of ShareGPT. Training prompts come from the other nine tenths; a conversation's parts always stay
-on one side. On a machine with the Hub, `load_from_hub` reads the papers' own sets.
+on one side. A second source are prompts that the target wrote itself (`magpie`). On a machine with
+the Hub, `load_from_hub` reads the papers' own sets.
 
 Departs from the papers: a context holds the answers of ShareGPT's model, not the target's; of a
 two-turn MT-bench question only the first turn is asked; prompts are English and at most 300 words
@@ -33,6 +34,9 @@ Message = dict[str, str]  # "role": user or assistant, "content": what was said
 
 COMPLETE_THE_FUNCTION = "Complete the following Python function.\n\n```python\n{}\n```"
 SUMMARISE = "Summarize the following text in a few sentences:\n\n{}"
+
+SOURCES = ("sharegpt", "magpie")  # of training prompts
+WRITTEN = Path(__file__).parent.parent / "corpus" / "magpie.jsonl"
 
 # counted up whenever the choice of ShareGPT prompts changes, so that none is read from an old cache
 _SORTING = 1
@@ -143,9 +147,43 @@ def load_from_hub(
     return [_prompt_of_row(name, row, rows[row]) for row in chosen]
 
 
-def training_prompts() -> Iterator[Prompt]:
-    """Prompts to train on, in a fixed pseudo-random order, so that any first part is fair."""
-    yield from _in_order_of_hash(_sharegpt()["training"], seed=0)
+def training_prompts(sources: Sequence[str] = SOURCES) -> Iterator[Prompt]:
+    """Prompts to train on: ShareGPT's, then those that the target wrote.
+
+    Each source is in a fixed pseudo-random order, so that any first part of it is fair.
+    """
+    if "sharegpt" in sources:
+        yield from _in_order_of_hash(_sharegpt()["training"], seed=0)
+    if "magpie" in sources:
+        yield from _in_order_of_hash(_written_by_target(), seed=0)
+
+
+def _written_by_target() -> list[Prompt]:
+    held = [one for name in ("chat", "instruction", "summarisation") for one in _sharegpt()[name]]
+    return _unlike(held, _distinct(read(WRITTEN)))
+
+
+def is_plain_request(text: str) -> bool:
+    """Whether a text could be a user's: plain English of a prompt's length."""
+    return _fits([text])
+
+
+def written_by_target(source_id: str, text: str) -> Prompt:
+    """A training prompt that came of no data set."""
+    return Prompt(f"magpie/{source_id}", "training", _conversation([text]))
+
+
+def to_line(prompt: Prompt) -> str:
+    """A line of JSON that `read` reads: id, set, texts of alternating roles."""
+    texts = [message["content"] for message in prompt.messages]
+    return json.dumps([prompt.id, prompt.prompts, texts]) + "\n"
+
+
+def read(path: Path) -> Iterator[Prompt]:
+    """The prompts of a file of such lines."""
+    with path.open(encoding="utf-8") as lines:
+        for prompt_id, name, texts in map(json.loads, lines):
+            yield Prompt(prompt_id, name, _conversation(texts))
 
 
 def held_out(conversation_id: str) -> bool:
@@ -242,18 +280,15 @@ def _sharegpt() -> dict[str, list[Prompt]]:
 
 def _write_prompts(prompts: Iterable[Prompt], path: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
-        for prompt in prompts:
-            texts = [message["content"] for message in prompt.messages]
-            file.write(json.dumps([prompt.id, prompt.prompts, texts]) + "\n")
+        file.writelines(map(to_line, prompts))
     return path
 
 
 @lru_cache(maxsize=1)
 def _read_prompts(path: Path) -> dict[str, list[Prompt]]:
     by_set: dict[str, list[Prompt]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for prompt_id, name, texts in map(json.loads, lines):
-            by_set.setdefault(name, []).append(Prompt(prompt_id, name, _conversation(texts)))
+    for prompt in read(path):
+        by_set.setdefault(prompt.prompts, []).append(prompt)
     return by_set
 
 
@@ -266,10 +301,14 @@ def _sort_sharegpt(path: Path) -> list[Prompt]:
     pieces = list(_pieces(path.read_text(encoding="utf-8")))
     held = (_evaluation_prompt(*piece) for piece in pieces if held_out(piece[0]))
     evaluation = _one_per_conversation(_distinct(held))
-    known = {_bare(text) for prompt in evaluation for text in _user_texts(prompt)}
     training = _distinct(_training_prompt(*piece) for piece in pieces if not held_out(piece[0]))
-    unseen = [p for p in training if known.isdisjoint(map(_bare, _user_texts(p)))]
-    return evaluation + unseen
+    return evaluation + _unlike(evaluation, training)
+
+
+def _unlike(evaluation: Iterable[Prompt], training: Iterable[Prompt]) -> list[Prompt]:
+    """The training prompts that share no user message with an evaluation prompt."""
+    known = {_bare(text) for prompt in evaluation for text in _user_texts(prompt)}
+    return [p for p in training if known.isdisjoint(map(_bare, _user_texts(p)))]
 
 
 def _pieces(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -34,6 +34,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "target_model": {"assets", "tree_verify", "draft_tree"},
     "prompts": {"assets"},
     "decoding": {"tree_verify", "target_model", "draft_tree"},
+    "magpie": {"decoding", "target_model", "prompts"},
     "corpus": {
         "decoding", "target_model", "tree_verify", "prompts", "assets", "checkpoints",
     },

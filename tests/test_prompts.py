@@ -182,8 +182,8 @@ def test_every_set_has_eighty_prompts_and_fewer_are_the_start_of_more(name):
         assert all(message["content"].strip() for message in prompt.messages)
 
 
-def test_training_prompts_are_many_and_a_quarter_are_contexts():
-    training = list(prompts.training_prompts())
+def test_sharegpt_prompts_are_many_and_a_quarter_are_contexts():
+    training = list(prompts.training_prompts(["sharegpt"]))
     lengths = Counter(len(prompt.messages) for prompt in training)
     assert len({prompt.id for prompt in training}) == len(training) >= 8000
     assert 0.2 < lengths[3] / len(training) < 0.33 and set(lengths) == {1, 3}
