@@ -2,10 +2,9 @@
 
 The committed corpus holds the answers and the ids of the prompts they answer, no third-party text.
 Half of the answers are greedy, half sampled at temperature 1; a second pass over the prompts swaps
-the halves, further ones sample anew. Features (three taps and the final
-state of every token) are derived data, kept in bfloat16:
-computed once per corpus and target into memory-mapped files, so that an epoch of training does not
-run the target.
+the halves, further ones sample anew. Features (three taps and the final state of every token) are
+derived data, kept in bfloat16: computed once per corpus and target, so that an epoch of training
+does not run the target.
 """
 
 from __future__ import annotations
@@ -258,12 +257,16 @@ class Part:
         with self.answers_path.open("a") as file:
             file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
 
-    def read(self, name: str) -> np.memmap:
-        """One column of features, memory-mapped (tokens, width), less a row being written."""
+    def read(self, name: str, start: int, num_tokens: int) -> np.ndarray:
+        """`num_tokens` rows of one column of features from row `start` on, (tokens, width).
+
+        In one read: faults of a memory map come page by page, which a slow disk makes ten times
+        slower.
+        """
         width, dtype = self.columns[name]
-        path = self.folder / name
-        num_tokens = path.stat().st_size // (width * np.dtype(dtype).itemsize)
-        return np.memmap(path, dtype=dtype, mode="r", shape=(num_tokens, width))
+        size = width * np.dtype(dtype).itemsize
+        flat = np.fromfile(self.folder / name, dtype, num_tokens * width, offset=start * size)
+        return flat.reshape(num_tokens, width)
 
 
 def _all_answers(folder: Path) -> list[Answer]:
@@ -283,7 +286,7 @@ def _bits(x: Tensor) -> np.ndarray:
 
 
 def _from_bits(bits: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(bits)).view(torch.bfloat16)
+    return torch.from_numpy(bits).view(torch.bfloat16)
 
 
 def pack(
@@ -389,9 +392,6 @@ class FeatureCache:
             ]
         self._places.sort(key=lambda place: _order(place[2]))
         self._places = self._places[:max_sequences]
-        self._columns = {
-            (part.folder, name): part.read(name) for part in parts for name in part.columns
-        }
 
     def __len__(self) -> int:
         return len(self._places)
@@ -418,9 +418,8 @@ class FeatureCache:
     def _one(
         self, part: Part, start: int, answer: Answer, prompt_ids: dict[str, list[int]]
     ) -> tuple[Tensor, ...]:
-        place = slice(start, start + answer.num_tokens)
         taps, hidden, choices = (
-            self._columns[part.folder, name][place] for name in ("taps", "hidden", "choices")
+            part.read(name, start, answer.num_tokens) for name in ("taps", "hidden", "choices")
         )
         prompt = prompt_ids[answer.prompt_id]
         tokens = torch.tensor(prompt + answer.tokens)

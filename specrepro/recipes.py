@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,9 +115,26 @@ def train(
         "corpus": features.hash, "method": asdict(recipe.method),
         "batch_tokens": recipe.batch_tokens, "processes": num_ranks, "start": _digest(start),
     }  # fmt: skip
+    ahead = _Ahead(batch_at, loop.total_steps)
     return draft_training.train(
-        module, batch_at, loss_of, loop, folder, score=score, resume=resume, identity=identity
+        module, ahead, loss_of, loop, folder, score=score, resume=resume, identity=identity
     )
+
+
+class _Ahead:
+    """Reads the next step's batch from the disk while this one is trained on."""
+
+    def __init__(self, batch_at: Callable[[int], corpus.Batch], num_steps: int):
+        self.batch_at, self.num_steps = batch_at, num_steps
+        self.reader = ThreadPoolExecutor(1)
+        self.next: tuple[int, Future[corpus.Batch]] | None = None
+
+    def __call__(self, step: int) -> corpus.Batch:
+        is_read = self.next is not None and self.next[0] == step
+        batch = self.next[1] if is_read else self.reader.submit(self.batch_at, step)
+        if step + 1 < self.num_steps:
+            self.next = step + 1, self.reader.submit(self.batch_at, step + 1)
+        return batch.result()
 
 
 def make_checkpoint(

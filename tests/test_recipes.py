@@ -76,6 +76,23 @@ def test_processes_share_the_batches_of_each_step(chat_target, features, tmp_pat
     assert alone[0] != alone[1]
 
 
+def test_each_batch_is_read_once_and_a_failed_read_stops_its_own_step():
+    seen = []
+
+    def batch_at(step: int) -> int:
+        seen.append(step)
+        if step == 3:
+            raise OSError("the disk is gone")
+        return 10 * step
+
+    ahead = recipes._Ahead(batch_at, num_steps=5)
+    assert [ahead(step) for step in (0, 1, 2)] == [0, 10, 20]
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead(3)
+    assert ahead(4) == 40, "a step that was not read before, as after a resume"
+    assert seen == [0, 1, 2, 3, 4]
+
+
 def test_overrides_are_for_the_embedded_target_alone(chat_target, monkeypatch):
     papers = Recipe.of(Eagle3, chat_target)
     assert papers == Recipe(Eagle3())
