@@ -152,10 +152,12 @@ class DraftLayer(nn.Module):
         return y + (mlp or self.mlp)(self.post_attention_layernorm(y))
 
 
-def joined(*projections: nn.Linear) -> Tensor:
-    """One weight for projections of the same input; theirs become views of it."""
+def joined(*projections: nn.Linear) -> nn.Linear:
+    """One layer for projections of the same input; their weights become views of its."""
     weight = torch.cat([projection.weight for projection in projections])
     parts = weight.split([projection.out_features for projection in projections])
     for projection, part in zip(projections, parts, strict=True):
         projection.weight.data = part
-    return weight
+    layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer

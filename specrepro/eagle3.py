@@ -37,6 +37,7 @@ from specrepro.draft_layer import (
 )
 from specrepro.draft_training import soft_cross_entropy
 from specrepro.draft_tree import DraftTree, Growth, keep_best
+from specrepro.packed_linear import pack
 from specrepro.target_model import Scores, Target
 from specrepro.tree_verify import Verdict, packed_attention
 
@@ -347,6 +348,8 @@ class Drafter:
         # a few rows through two large products take less time than through five smaller ones
         self.qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = joined(mlp.gate_proj, mlp.up_proj)
+        for module in (self.head, self.qkv, self.gate_up):
+            pack(module)
 
     @classmethod
     def load(cls, folder: Path | str, target: Target, tree: TreeConfig | None = None) -> Drafter:
@@ -441,13 +444,13 @@ class Drafter:
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, f, Hq, D) and keys, and values (B, f, Hkv, D)."""
         c = self.head.config
-        heads = F.linear(x, self.qkv).unflatten(-1, (-1, c.head_dim))
+        heads = self.qkv(x).unflatten(-1, (-1, c.head_dim))
         q_k, v = heads.tensor_split([-c.num_key_value_heads], -2)
         q_k = rotate(q_k, *(table[positions] for table in self.rotary))
         return *q_k.tensor_split([c.num_attention_heads], -2), v
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.head.layer.mlp.gated(*F.linear(x, self.gate_up).chunk(2, -1))
+        return self.head.layer.mlp.gated(*self.gate_up(x).chunk(2, -1))
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Log probabilities at temperature 1 and target ids (B, n, top_k) of the best children."""
@@ -457,7 +460,7 @@ class Drafter:
 
     def _allocate(self, batch: int, capacity: int) -> None:
         """An empty cache (2, batch, capacity, Hkv, D), and the rotary table of its positions."""
-        c, like = self.head.config, self.qkv
+        c, like = self.head.config, self.qkv.weight
         self.cache = like.new_zeros(2, batch, capacity, c.num_key_value_heads, c.head_dim)
         table = self.head.layer.rotary(torch.arange(capacity, device=like.device))
         self.rotary = tuple(part.to(like.dtype) for part in table)

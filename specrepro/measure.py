@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 
 from specrepro.decoding import Autoregressive, Clock, Drafter, Generation, Sampling, decode
 from specrepro.draft_tree import DraftTree
+from specrepro.packed_linear import unpacked
 from specrepro.target_model import ATTENTION, Target
 
 AUTOREGRESSIVE = "Autoregressive"
@@ -339,13 +340,14 @@ class _FirstToken:
 
 @contextmanager
 def _plain_transformers(target: Target) -> Iterator[None]:
-    """The model with its usual attention, and without the habits of its generation config."""
+    """The model with its usual layers, and without the habits of its generation config."""
     own = target.model.generation_config
     target.model.set_attn_implementation("sdpa")
     # generate() fills what a call leaves open from here: a repetition penalty, say
     target.model.generation_config = GenerationConfig()
     try:
-        yield
+        with unpacked(target.model):
+            yield
     finally:
         target.model.generation_config = own
         target.model.set_attn_implementation(ATTENTION)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from specrepro import checkpoints, corpus, recipes
 from specrepro.draft_tree import ROOT, DraftTree
+from specrepro.packed_linear import pack
 from specrepro.target_model import Scores, Target
 from specrepro.tree_verify import Verdict
 
@@ -156,6 +157,7 @@ class Drafter:
     def __init__(self, heads: Heads, target: Target, total_tokens: int = TOTAL_TOKENS):
         check_fits(heads.config, target)
         self.heads = heads.to(target.device, target.dtype).eval().requires_grad_(False)
+        pack(self.heads)
         self.token_ids = heads.draft_token_ids()
         paths = tree_paths(heads.config.num_heads, total_tokens)
         place = {(): 0} | {path: node for node, path in enumerate(paths, 1)}

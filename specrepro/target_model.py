@@ -28,6 +28,7 @@ from transformers import (
 
 from specrepro import assets
 from specrepro.draft_tree import DraftTree
+from specrepro.packed_linear import pack
 from specrepro.tree_verify import (
     Verdict,
     attention_mask,
@@ -158,6 +159,7 @@ class Target:
         self.max_context = getattr(self.config, "max_position_embeddings", None) or 2**31
         self.stop_ids = torch.tensor(_stop_ids(model), dtype=torch.long, device=self.device)
         self.tap_layers = tap_layers(self.config.num_hidden_layers)
+        pack(self.model)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of at most `capacity` tokens, drafts included."""

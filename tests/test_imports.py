@@ -18,20 +18,22 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 NGRAM = {"decoding", "draft_tree", "target_model"}
 EAGLE3 = NGRAM | {
-    "tree_verify", "checkpoints", "draft_training", "draft_layer", "corpus", "recipes",
+    "tree_verify", "packed_linear", "checkpoints", "draft_training", "draft_layer", "corpus",
+    "recipes",
 }  # fmt: skip
 EXTENDS_EAGLE3 = EAGLE3 | {"eagle3"}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "__init__": set(),
     "draft_tree": set(),
     "tree_kernel": set(),
+    "packed_linear": set(),
     "assets": set(),
     "figures": set(),
     "claims": set(),
     "checkpoints": set(),
     "tree_verify": {"tree_kernel", "draft_tree"},
     "kernel_report": {"tree_kernel", "tree_verify", "draft_tree"},
-    "target_model": {"assets", "tree_verify", "draft_tree"},
+    "target_model": {"assets", "tree_verify", "draft_tree", "packed_linear"},
     "prompts": {"assets"},
     "decoding": {"tree_verify", "target_model", "draft_tree"},
     "magpie": {"decoding", "target_model", "prompts"},
@@ -43,7 +45,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "recipes": {
         "checkpoints", "corpus", "decoding", "draft_training", "prompts", "target_model",
     },
-    "measure": {"decoding", "target_model", "draft_tree"},
+    "measure": {"decoding", "target_model", "draft_tree", "packed_linear"},
     "rows": {"measure", "target_model"},
     "losslessness": {"measure", "decoding", "target_model", "draft_tree", "tree_verify"},
     "experiment": {
