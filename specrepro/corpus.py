@@ -458,9 +458,10 @@ def prompt_ids(tokenizer: object, answers: Sequence[Answer]) -> dict[str, list[i
 def recompute(
     target: Target, answers: Sequence[Answer], folder: Path, batch_tokens: int = 8192
 ) -> Path:
-    """Run the target over answers whose features are not here; goes on where it stopped."""
+    """Run the target over answers whose features no part has; goes on where it stopped."""
     part = Part(folder / "part-0", target.hidden_size)
-    done = {_key(a.prompt_id, a.temperature, a.seed) for a in part.reopen()}
+    part.reopen()
+    done = {_key(a.prompt_id, a.temperature, a.seed) for a in _all_answers(folder)}
     _check_room(folder, sum(answer.num_tokens for answer in answers) * (8 * target.hidden_size + 4))
     ids = prompt_ids(target.tokenizer, answers)
     waiting = [a for a in answers if _key(a.prompt_id, a.temperature, a.seed) not in done]

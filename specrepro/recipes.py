@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -239,16 +239,57 @@ def obtain_checkpoint(
     if not from_scratch:
         return Path(checkpoint or COMMITTED / method.name)
     work, recipe = work or Path("runs") / method.name, recipe or Recipe.of(method, target)
-    features = work.parent / "features" / Path(target.name).name  # one for all papers
+    features = features_of(target, work.parent / "features", num_answers)
+    return make_checkpoint(
+        recipe, target, features, work / "training", work / "checkpoint",
+        num_answers=num_answers, resume=True,
+    )  # fmt: skip
+
+
+def features_of(target: Target, folder: Path, num_answers: int | None = None) -> Path:
+    """The corpus of one target with its features, below the `folder` that all papers share.
+
+    The committed corpus where there is one for the target, else its own answers to the training
+    prompts. Goes on where it was interrupted.
+    """
+    features = folder / Path(target.name).name
     if target.name == EMBEDDED and corpus.has_answers(corpus.COMMITTED):
         corpus.recompute(target, corpus.load(corpus.COMMITTED).first(num_answers).answers, features)
     else:
         questions = list(itertools.islice(prompts.training_prompts(), num_answers))
         corpus.generate(target, questions, features)
+    return features
+
+
+def variant(
+    method: type[Method],
+    target: Target,
+    features: Path,
+    work: Path,
+    settings: Mapping[str, object] | None = None,
+    *,
+    share: float = 1.0,
+    epochs: float = 1.0,
+    num_answers: int | None = None,
+) -> Path:
+    """A checkpoint of the method with some `settings` changed, for comparison with others alike.
+
+    It begins anew and trains `epochs` over a fair `share` of the corpus (of its `num_answers`).
+    Goes on where it was interrupted; `work` is a folder of its own.
+    """
+    recipe = replace(changed(Recipe.of(method, target), settings or {}), epochs=epochs)
+    total = len(corpus.FeatureCache(features, target.hidden_size, num_answers))
     return make_checkpoint(
         recipe, target, features, work / "training", work / "checkpoint",
-        num_answers=num_answers, resume=True,
+        num_answers=max(1, round(share * total)), evaluations=1, resume=True,
     )  # fmt: skip
+
+
+def changed(recipe: Recipe, settings: Mapping[str, object]) -> Recipe:
+    """The recipe with settings of its method changed, by name as in `with_setting`."""
+    for name, value in settings.items():
+        recipe = replace(recipe, method=with_setting(recipe.method, name, value))
+    return recipe
 
 
 def with_setting(config: Any, name: str, value: object) -> Any:
@@ -287,10 +328,9 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     target = load_target(options.target)
-    recipe = Recipe.of(method, target)
-    for name, _, value in (setting.partition("=") for setting in options.set):
-        changed = with_setting(recipe.method, name, yaml.safe_load(value))
-        recipe = replace(recipe, method=changed)
+    settings = (setting.partition("=") for setting in options.set)
+    settings = {name: yaml.safe_load(value) for name, _, value in settings}
+    recipe = changed(Recipe.of(method, target), settings)
     rate = options.learning_rate or recipe.loop.learning_rate
     recipe = replace(
         recipe,

@@ -248,6 +248,15 @@ def test_recomputed_features_are_those_that_generation_kept(target, whole, tmp_p
     assert (tmp_path / "again" / "part-0" / "taps").stat().st_size == size, "computed twice"
 
 
+def test_what_any_part_has_is_not_recomputed(target, tmp_path):
+    for rank in range(2):
+        generate(target, tmp_path / "parts", rank=rank, num_ranks=2)
+    answers = corpus.load(corpus.pack(tmp_path / "parts", tmp_path / "packed", {})).answers
+    sizes = {path: path.stat().st_size for path in (tmp_path / "parts").glob("part-*/*")}
+    corpus.recompute(target, answers, tmp_path / "parts")
+    assert {path: path.stat().st_size for path in sizes} == sizes and len(sizes) == 8
+
+
 def test_interrupted_recomputation_goes_on(target, whole, tmp_path):
     answers = corpus.load(corpus.pack(whole, tmp_path / "packed", {})).answers
     corpus.recompute(target, answers[:7], tmp_path / "again")

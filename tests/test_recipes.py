@@ -76,6 +76,28 @@ def test_processes_share_the_batches_of_each_step(chat_target, features, tmp_pat
     assert alone[0] != alone[1]
 
 
+def test_variants_differ_in_one_setting_and_in_their_share_of_one_corpus(
+    chat_target, features, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Recipe, "of", lambda method, target: RECIPE)
+    whole = corpus.FeatureCache(features, chat_target.hidden_size)
+    cards = {}
+    for name, settings, share in (
+        ("all", {}, 1.0),
+        ("half", {}, 0.5),
+        ("final", {"features": "final"}, 1.0),
+    ):
+        made = recipes.variant(
+            Eagle3, chat_target, features, tmp_path / name, settings, share=share, epochs=2.0
+        )
+        cards[name] = json.loads((made / "card.json").read_text())
+    assert cards["all"]["corpus"] == cards["final"]["corpus"] == whole.hash
+    assert 0 < cards["half"]["answer_tokens"] < cards["all"]["answer_tokens"]
+    methods = {name: card["recipe"]["method"] for name, card in cards.items()}
+    assert methods["all"] == methods["half"] == methods["final"] | {"features": None}
+    assert Drafter.load(made, chat_target).head.config.features == "final"
+
+
 def test_each_batch_is_read_once_and_a_failed_read_stops_its_own_step():
     seen = []
 
