@@ -69,7 +69,10 @@ class Started:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Started]]:
-    """Starts processes that do not outlive the test."""
+    """Starts processes that heed Ctrl-C, even where a shell's background job, and so the tests
+    themselves, would not; they do not outlive the test.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     started: list[Started] = []
 
     def begin(*command: str) -> Started:
@@ -79,6 +82,7 @@ def start() -> Iterator[Callable[..., Started]]:
     yield begin
     for process in started:
         process.kill()
+    signal.signal(signal.SIGINT, before)
 
 
 PARAMETERS = (
