@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specrepro.draft_tree import DraftTree
-from specrepro.target_model import KVCache, Scores, Target, pad
+from specrepro.target_model import KVCache, Scores, Target, pad, reads_every_slot
 from specrepro.tree_verify import (
     Verdict,
     race,
@@ -117,6 +117,51 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """A limit on thinking: what is to follow where it has not ended within the budget.
+
+    Places count new tokens, so the limit falls on the same token whatever was drafted. A forced
+    token takes a round of its own, in which nothing is accepted.
+    """
+
+    budget: int  # new tokens before the first forced one
+    end_id: int  # the token that ends thinking
+    forced: tuple[int, ...]  # what is said to end it, `end_id` among it
+
+    def __post_init__(self) -> None:
+        if self.budget < 1 or self.end_id not in self.forced:
+            raise ValueError(f"thinking needs a budget >= 1 and an end among its words, not {self}")
+
+    def forced_places(self, tokens: Sequence[int]) -> range:
+        """Which of the emitted `tokens` the target did not choose."""
+        num_forced = 0 if self.end_id in tokens[: self.budget] else len(self.forced)
+        return range(self.budget, max(self.budget, min(len(tokens), self.budget + num_forced)))
+
+    def overrule(self, verdict: Verdict, tokens: Tensor, num_new: Tensor) -> Verdict:
+        """Cut what a round emits where the budget ends, and behind that emit the forced tokens.
+
+        `tokens` (B, L) are those emitted before, of which `num_new` (B,) are real.
+        """
+        offsets = torch.arange(verdict.path.shape[1], device=num_new.device)
+        before = torch.arange(min(self.budget, tokens.shape[1]), device=num_new.device)
+        has_ended = (tokens[:, : self.budget] == self.end_id) & (before < num_new[:, None])
+        ends_now = (verdict.tokens == self.end_id) & (num_new[:, None] + offsets < self.budget)
+        is_open, left = ~(has_ended.any(1) | ends_now.any(1)), self.budget - num_new
+        is_forced = is_open & (left <= 0) & (left > -len(self.forced))
+        most = torch.where(is_open & (left > 0), left - 1, verdict.num_accepted)
+        num_accepted = torch.minimum(verdict.num_accepted, most).masked_fill(is_forced, 0)
+        forced = torch.tensor(self.forced, device=num_new.device)
+        word = forced[(-left).clamp(0, len(forced) - 1)]
+        chosen = verdict.tokens.gather(1, num_accepted[:, None])[:, 0]
+        bonus = torch.where(is_forced, word, chosen)
+        is_kept = offsets <= num_accepted[:, None]
+        emitted = verdict.tokens.where(is_kept, -1).scatter(
+            1, num_accepted[:, None], bonus[:, None]
+        )
+        return Verdict(verdict.path.where(is_kept, -1), num_accepted, emitted, bonus)
+
+
 @dataclass(slots=True)
 class Generation:
     """One decoded sequence; a batch shares `seconds` and `seconds_by_part`."""
@@ -130,6 +175,9 @@ class Generation:
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     # at each emitted token, when asked for: the lead of the best logit, or of the race's winner
     gaps: list[float] = field(default_factory=list)
+    forced: list[int] = field(
+        default_factory=list
+    )  # places of tokens that the target did not choose
 
     @property
     def num_passes(self) -> int:
@@ -221,6 +269,7 @@ def decode(
     ignore_stop: bool = False,
     record_gaps: bool = False,
     on_round: Callable[[int], None] | None = None,
+    thinking: Thinking | None = None,
 ) -> Generation | list[Generation]:
     """Decode one prompt (a list of ids) to a Generation, or a batch of them to a list.
 
@@ -238,7 +287,7 @@ def decode(
         length = max(limits) + drafter.max_nodes
         times = position_race_times(seeds, length, target.vocab_size).to(target.device)
     stop_ids = target.stop_ids[:0] if ignore_stop else target.stop_ids
-    loop = _Loop(target, drafter, sampling, times, stop_ids, record_gaps)
+    loop = _Loop(target, drafter, sampling, times, stop_ids, record_gaps, thinking)
     generations = loop.run(prompts, limits, on_round)
     return generations[0] if is_single else generations
 
@@ -307,6 +356,15 @@ def _at_nodes(
     return lambda nodes: function(logits[rows, nodes])
 
 
+def judge(
+    tree: DraftTree, scores: Scores, sampling: Sampling, race_times: Tensor | None
+) -> Verdict:
+    """What the target accepts of each tree, and its own token behind it."""
+    if sampling.is_greedy:
+        return verify_greedy(tree, _at_nodes(most_probable, scores.logits))
+    return verify_sample(tree, _at_nodes(sampling.probs, scores.logits), race_times=race_times)
+
+
 class _Loop:
     """One call of `decode`: the parts that stay the same from round to round."""
 
@@ -318,9 +376,11 @@ class _Loop:
         race_times: Tensor | None,
         stop_ids: Tensor,
         record_gaps: bool,
+        thinking: Thinking | None,
     ):
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.race_times, self.stop_ids, self.record_gaps = race_times, stop_ids, record_gaps
+        self.thinking = thinking
         self.clock = Clock(target.device)
 
     @torch.inference_mode()
@@ -340,7 +400,10 @@ class _Loop:
 
     def _begin(self, prompts: list[list[int]], limits: Tensor) -> tuple[_Batch, Tensor, KVCache]:
         tokens, lengths = pad(prompts, self.target.device)
-        capacity = int((lengths + limits).max()) + self.drafter.max_nodes
+        # where every slot is read, the cache grows with its sequences instead
+        self.grows = reads_every_slot(len(prompts), self.target.device)
+        longest = lengths if self.grows else lengths + limits
+        capacity = int(longest.max()) + self.drafter.max_nodes
         with self.clock.part("prefill"):
             cache, scores = self.target.prefill(prompts, capacity)
         batch, rows = _Batch.empty(limits), torch.arange(len(prompts), device=limits.device)
@@ -365,10 +428,14 @@ class _Loop:
         with self.clock.part("draft"):
             tree = self.drafter.propose()
         with self.clock.part("target"):
+            if self.grows:
+                self.target.reserve(cache, tree.tokens.shape[1])
             scores = self.target.verify(cache, tree)
         with self.clock.part("verify"):
             times = self._times(rows, batch.num_new[rows][:, None] + tree.depths())
-            verdict = self._judge(tree, scores, times)
+            verdict = judge(tree, scores, self.sampling, times)
+            if self.thinking is not None:
+                verdict = self.thinking.overrule(verdict, batch.tokens[rows], batch.num_new[rows])
         with self.clock.part("keep"):
             self.target.keep(cache, verdict)
         with self.clock.part("observe"):
@@ -376,12 +443,6 @@ class _Loop:
         batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, times, verdict.path)
         batch.count(rows, verdict.num_accepted, tree.num_nodes - 1)
-
-    def _judge(self, tree: DraftTree, scores: Scores, times: Tensor | None) -> Verdict:
-        if self.sampling.is_greedy:
-            return verify_greedy(tree, _at_nodes(most_probable, scores.logits))
-        probs = _at_nodes(self.sampling.probs, scores.logits)
-        return verify_sample(tree, probs, race_times=times)
 
     def _times(self, rows: Tensor, positions: Tensor) -> Tensor | None:
         """The race times of `rows` (b,) at new-token `positions` (b, N)."""
@@ -408,8 +469,15 @@ class _Loop:
         parts = dict(self.clock.seconds)
         return [
             Generation(
-                tokens[:count], accepted, drafted, seconds, prefill_seconds, parts, gaps[:count]
-            )
+                tokens[:count],
+                accepted,
+                drafted,
+                seconds,
+                prefill_seconds,
+                parts,
+                gaps[:count],
+                self._forced_places(tokens[:count]),
+            )  # fmt: skip
             for tokens, count, accepted, drafted, gaps in zip(
                 batch.tokens.tolist(),
                 batch.num_new.tolist(),
@@ -419,3 +487,6 @@ class _Loop:
                 strict=True,
             )
         ]
+
+    def _forced_places(self, tokens: list[int]) -> list[int]:
+        return [] if self.thinking is None else list(self.thinking.forced_places(tokens))

@@ -132,7 +132,7 @@ class Drafter:
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
-        self._reserve(2 + self.num_drafted)
+        self.model.reserve(self.cache, 2 + self.num_drafted)
         drafted = [self._next(*self.pending)]
         committed = self.cache.lengths
         while len(drafted) < self.num_drafted:
@@ -159,14 +159,6 @@ class Drafter:
     def select(self, rows: Tensor) -> None:
         self.cache, self.roots = self.cache.select(rows), self.roots[rows]
         self.pending = tuple(part[rows] for part in self.pending)
-
-    def _reserve(self, num_slots: int) -> None:
-        """Double the cache where `num_slots` more tokens would not fit."""
-        needed, capacity = int(self.cache.lengths.max()) + num_slots, self.cache.capacity
-        if needed > capacity:
-            larger = self.model.new_cache(len(self.roots), max(needed, 2 * capacity))
-            larger.slots[:, :, :, :capacity] = self.cache.slots
-            larger.lengths, self.cache = self.cache.lengths, larger
 
 
 # --- checkpoints

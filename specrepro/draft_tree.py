@@ -11,7 +11,9 @@ path entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +136,31 @@ def _describe_fault(tree: DraftTree, faults: dict[str, Tensor]) -> str:
     )
 
 
+class Shape(Protocol):
+    """Decides what a drafted tree becomes; every drafter that grows trees asks the one it holds."""
+
+    depth: int  # most expansions after the first level
+    top_k: int  # children drafted below every expanded node
+    num_expanded: int  # most nodes that are expanded in all, the root not counted
+    total_tokens: int  # most nodes kept, the root included
+
+    def choose(self, level: int, scores: Tensor) -> Tensor | None:
+        """(B, f) places to expand among a level's candidates, given their `scores` (B, n).
+
+        None ends the growth.
+        """
+
+    def prune(self, growth: Growth) -> DraftTree:
+        """What to keep of all candidates."""
+
+
+def take_shape(drafter: object, shape: Shape) -> None:
+    """Have `drafter` ask `shape` from now on; a ValueError where it asks for none."""
+    if not hasattr(drafter, "tree"):
+        raise ValueError(f"{type(drafter).__name__} drafts no trees whose shape it asks for")
+    drafter.tree = shape
+
+
 class Growth:
     """A tree while it is drafted: its candidates, level by level, and the frontier to expand next.
 
@@ -173,6 +200,14 @@ class Growth:
         inherited = self.ancestors.take_along_dim(parents[:, :, None], 1)
         self.ancestors = torch.cat([inherited, itself.expand(len(places), -1, -1)], -1)
         return parents
+
+    def descents(self, shape: Shape) -> Iterator[tuple[int, Tensor]]:
+        """Descend for as long as `shape` chooses nodes: the level, and the parents' places."""
+        for level in range(shape.depth):
+            places = shape.choose(level, self.candidates)
+            if places is None:
+                return
+            yield level, self.descend(places)
 
     def pool(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, parents and scores (B, pool) of every candidate, the root first."""

@@ -622,3 +622,27 @@ def split_shares(starts: list[int], shares: np.ndarray, unit: str = "slot") -> F
         axes.set_ylabel("share of the attention")
         _legend(figure, axes.get_legend_handles_labels()[0], columns=6)
     return figure
+
+
+def modelled_floors(rows: pd.DataFrame) -> Figure:
+    """The least time that one attention layer can take on each card, a line per way to attend.
+
+    `rows` as from `kernel_report.roofline`: what the numbers say is modelled, never measured.
+    """
+    _refuse_nothing("rows", rows)
+    with style():
+        cards = list(rows["card"].unique())
+        figure = _figure(1.2 + 2.4 * len(cards), 2.8)
+        panels = figure.subplots(1, len(cards), sharey=True, squeeze=False)[0]
+        for axes, card in zip(panels, cards, strict=True):
+            lines = rows[rows["card"] == card].groupby("attention", sort=False)
+            for (name, line), colour in zip(lines, PALETTE * 3, strict=False):
+                look = {"color": colour, "marker": "o", "markersize": 4, "label": name}
+                axes.plot(line["context"], line["modelled_floor_us"], **look)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(sorted(rows["context"].unique()), sorted(rows["context"].unique()))
+            axes.set_xlabel(f"cached tokens\n{card}")
+        panels[0].set_ylabel("modelled floor (µs)")
+        _legend(figure, panels[0].get_legend_handles_labels()[0], columns=2)
+    return figure

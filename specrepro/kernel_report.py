@@ -1,8 +1,7 @@
-"""What the compiled kernels need, what a card could reach with them, and how long they take.
+"""What the compiled kernels need, and what a card could reach with them: no GPU is asked.
 
     python -m specrepro.kernel_report resources kernel_resources.csv   registers and memory
-    python -m specrepro.kernel_report roofline                         modelled floors
-    python -m specrepro.tree_kernel [rows.csv]                         timings
+    python -m specrepro.kernel_report roofline [rows.csv]              modelled floors
 
 Compiling needs no GPU: Triton carries its own assembler, and its cuobjdump reads registers, stack
 (where spilled registers go) and shared memory from the result. `kernel_resources.csv` holds a row
@@ -10,41 +9,27 @@ for every kernel, architecture, number format and head size, in the configuratio
 the attention kernel plain, with pages, and with pages, window and softcap, which needs the most.
 Nothing spills on sm_90 or gfx942; on sm_80 and sm_100 some rows keep up to 40 bytes on the stack.
 The roofline follows from the kernel's own loop bounds and published peaks: it is modelled, not
-measured. Timings are measured, on a GPU beside dense-mask attention, flex_attention and, if
-installed, FlashInfer; on a CPU the torch path stands in for the kernel.
+measured. What is measured: `python -m specrepro.tree_kernel`.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import triton
-from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from specrepro import tree_kernel
-from specrepro.draft_tree import DraftTree
-from specrepro.tree_verify import (
-    HEAD_SIZES,
-    attention_mask,
-    pack,
-    store_tree,
-    tree_attention,
-    vocabulary_grid,
-)
+from specrepro.tree_verify import HEAD_SIZES, vocabulary_grid
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -53,7 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NODES, QUERY_HEADS, KV_HEADS = 60, 32, 8  # of a timed call: a 60-node tree, Llama 8B's heads
+NODES, QUERY_HEADS, KV_HEADS = 60, 32, 8  # a 60-node tree, Llama 8B's heads
 TREE_SIZES = (NODES, 30, 1)  # nodes of the trees whose tiles are compiled
 VOCABULARIES = (49_152, 128_256, 151_936)  # SmolLM2, Llama 3, Qwen 3
 VARIANTS = {  # of the attention kernel
@@ -218,168 +203,75 @@ def first_of_each(chosen: Iterable[Configuration]) -> list[Configuration]:
     return list(first.values())
 
 
-def roofline(contexts: tuple[int, ...] = (512, 2048, 8192), head_size: int = 128) -> pd.DataFrame:
-    """Modelled floor times of one attention layer at batch 1 in half precision."""
+def roofline(
+    batch: int = 1,
+    nodes: int = NODES,
+    contexts: Sequence[int] = (512, 2048, 8192),
+    query_heads: int = QUERY_HEADS,
+    kv_heads: int = KV_HEADS,
+    head_size: int = 128,
+    dtype: str = "bf16",
+) -> pd.DataFrame:
+    """What one attention layer moves and computes, and its modelled floor on each card.
+
+    The tree kernel, beside one that does not pack the heads of a key-value head, and beside a fused
+    attention that is given a dense mask. `kv_over_minimum` is of each key and value loaded once.
+    """
+    given = {"batch": batch, "nodes": nodes, "query_heads": query_heads, "kv_heads": kv_heads}
+    given |= {"head_size": head_size, "dtype": dtype}
+    shape = (nodes, query_heads, kv_heads, head_size, TORCH_DTYPES[dtype].itemsize)
     rows = []
-    shape = dict(
-        nodes=NODES, query_heads=QUERY_HEADS, kv_heads=KV_HEADS, head_size=head_size, itemsize=2
-    )
     for card in tree_kernel.CARDS:
         for context in contexts:
-            lengths = [context]
-            geometry = tree_kernel.plan(
-                1, NODES, QUERY_HEADS, KV_HEADS, head_size, context, 2, card.architecture
-            )
-            least = tree_kernel.minimum_traffic(lengths, **shape)
-            moved = {
-                "tree kernel": tree_kernel.traffic(geometry, lengths, **shape),
-                "dense mask, packed heads": tree_kernel.dense_mask_traffic(
-                    lengths, **shape, packs_heads=True
-                ),
-                "dense mask": tree_kernel.dense_mask_traffic(lengths, **shape, packs_heads=False),
-            }
-            for name, one in moved.items():
-                rows.append(
-                    {
-                        "card": card.name,
-                        "context": context,
-                        "attention": name,
-                        "kv_over_minimum": round(one.kv_bytes / least.kv_bytes, 3),
-                        "scratch_megabytes": round(one.scratch_bytes / 1e6, 2),
-                        "modelled_floor_us": round(1e6 * tree_kernel.floor_seconds(card, one), 2),
-                    }
-                )
+            least = tree_kernel.minimum_traffic([context] * batch, *shape)
+            for name, moved in _traffic_of_each(card.architecture, [context] * batch, shape):
+                floor = tree_kernel.floor_seconds(card, moved, shape[-1])
+                quantities = {
+                    "kv_megabytes": moved.kv_bytes / 1e6,
+                    "megabytes": moved.total_bytes / 1e6,
+                    "gigaoperations": moved.operations / 1e9,
+                    "kv_over_minimum": moved.kv_bytes / least.kv_bytes,
+                    "modelled_floor_us": 1e6 * floor,
+                }
+                row = {"card": card.name, "context": context, "attention": name} | given
+                rows.append(row | {name: round(value, 3) for name, value in quantities.items()})
     return pd.DataFrame(rows)
 
 
-def timings(device: str, contexts: tuple[int, ...] = (512, 2048, 8192)) -> pd.DataFrame:
-    """Measured microseconds of one attention layer, ours beside what else is installed."""
-    dtype = torch.bfloat16
-    rows = []
-    for context in contexts:
-        case = _case(context, device, dtype)
-        kv_bytes = 2 * (context + NODES) * KV_HEADS * 128 * dtype.itemsize
-        for name, run in _contenders(*case).items():
-            row = {"attention": name, "context": context, "nodes": NODES, "dtype": "bfloat16"}
-            rows.append(row | _timing(run, kv_bytes, device))
-    return pd.DataFrame(rows)
-
-
-def _timing(run: Callable[[], object], kv_bytes: int, device: str) -> dict[str, object]:
-    """Columns of one contender; one that cannot run here is a row that says why."""
-    where = {"device": device_name(device), "torch": torch.__version__}
-    where |= {"triton": triton.__version__}
-    try:
-        seconds = _seconds(run, device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return where | {"failed": str(error).splitlines()[0]}
-    return where | {
-        "microseconds": round(1e6 * seconds, 1),
-        "kv_gigabytes_per_second": round(kv_bytes / seconds / 1e9, 1),
-        "share_of_peak": _share_of_peak(kv_bytes / seconds, device),
-    }
-
-
-def _case(context: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Arguments of `tree_attention` for one tree with three children a node."""
-    rng = torch.Generator().manual_seed(0)
-    shapes = [(1, NODES, QUERY_HEADS, 128), *[(1, NODES, KV_HEADS, 128)] * 2]
-    shapes += [(1, context + NODES, KV_HEADS, 128)] * 2
-    tensors = [torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes]
-    parents = (torch.arange(NODES, device=device) + 2) // 3 - 1
-    tree = DraftTree(torch.arange(NODES, device=device)[None], parents[None])
-    return *tensors, torch.tensor([context], device=device), tree
-
-
-def _contenders(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    tree: DraftTree,
-) -> dict[str, Callable[[], object]]:
-    """The same attention by each means there is; masks and plans are made beforehand for all."""
-    num_slots = k_cache.shape[1]
-    store_tree(k, v, k_cache, v_cache, lengths)
-    mask, packed = attention_mask(tree, lengths, num_slots), pack(tree)
-    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k_cache, v_cache)]
-    block_mask = create_block_mask(
-        lambda b, h, row, slot: mask[0, row, slot], 1, None, q.shape[1], num_slots, device=q.device
-    )
-    compiled_flex = torch.compile(flex_attention)
-    runs = {
-        "tree_attention": lambda: tree_attention(
-            q, k, v, k_cache, v_cache, lengths, tree, mask=mask, packed=packed
-        ),
-        "scaled_dot_product_attention, dense mask": lambda: F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask[:, None], enable_gqa=True
-        ),
-        "flex_attention": lambda: compiled_flex(
-            *heads_first, block_mask=block_mask, enable_gqa=True
-        ),
-    }
-    try:
-        from flashinfer import single_prefill_with_kv_cache
-    except ImportError:
-        return runs
-    flat = q[0], k_cache[0], v_cache[0]
-    return runs | {
-        "FlashInfer, custom mask": lambda: single_prefill_with_kv_cache(*flat, custom_mask=mask[0])
-    }
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        return triton.testing.do_bench(run, return_mode="median") / 1e3
-    run()
-    seconds = []
-    for _ in range(15):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[len(seconds) // 2]
-
-
-def _share_of_peak(bytes_per_second: float, device: str) -> float | None:
-    """Of the memory bandwidth that the card's own clock and bus width give."""
-    if device != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    peak = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
-    return round(bytes_per_second / peak, 3)
-
-
-def device_name(device: str) -> str:
-    return (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine()
-    )
+def _traffic_of_each(
+    architecture: int, lengths: list[int], shape: tuple[int, ...]
+) -> Iterator[tuple[str, tree_kernel.Traffic]]:
+    nodes, query_heads, kv_heads, head_size, itemsize = shape
+    for packs_heads, behind in ((True, ""), (False, ", heads not packed")):
+        geometry = tree_kernel.plan(
+            len(lengths), nodes, query_heads, kv_heads if packs_heads else query_heads, head_size,
+            max(lengths) + nodes, itemsize, architecture,
+        )  # fmt: skip
+        yield (
+            f"tree kernel{behind}",
+            tree_kernel.traffic(geometry, lengths, *shape, packs_heads=packs_heads),
+        )
+    for packs_heads, behind in ((True, ", heads packed"), (False, "")):
+        moved = tree_kernel.dense_mask_traffic(lengths, *shape, packs_heads=packs_heads)
+        yield f"SDPA, dense mask{behind}", moved
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", choices=["resources", "roofline", "timings"])
+    parser.add_argument("report", choices=["resources", "roofline"])
     parser.add_argument("rows", nargs="?", type=Path, help="where the rows go as CSV")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=TORCH_DTYPES, default=list(TORCH_DTYPES))
     parser.add_argument("--head-sizes", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--first", action="store_true", help="one of each kernel and architecture")
     options = parser.parse_args()
-    if options.report == "resources":
-        if tree_kernel.is_interpreted():
-            parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    if options.report == "roofline":
+        table = roofline()
+    elif tree_kernel.is_interpreted():
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    else:
         chosen = configurations(options.targets, options.dtypes, options.head_sizes)
         table = resource_rows(first_of_each(chosen) if options.first else chosen)
-    elif options.report == "roofline":
-        table = roofline()
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            print("No GPU: on one, this times the Triton kernel; here the torch path stands in.")
-        table = timings(device)
     if options.rows is not None:
         table.to_csv(options.rows, index=False)
     print(table.to_string(index=False))

@@ -27,10 +27,15 @@ def pack(module: nn.Module) -> None:
             layer.forward = _Packed(layer)
 
 
+def unpack(module: nn.Module) -> dict[nn.Linear, _Packed | None]:
+    """Undo `pack`, and return what its layers had."""
+    return {layer: vars(layer).pop("forward", None) for layer in _linear_layers(module)}
+
+
 @contextmanager
 def unpacked(module: nn.Module) -> Iterator[None]:
     """The module as it was before `pack`, for as long as the context lasts."""
-    packed = {layer: vars(layer).pop("forward", None) for layer in _linear_layers(module)}
+    packed = unpack(module)
     try:
         yield
     finally:

@@ -10,9 +10,8 @@ keep a recurrent state instead of keys.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,13 +29,18 @@ from specrepro import assets
 from specrepro.draft_tree import DraftTree
 from specrepro.packed_linear import pack
 from specrepro.tree_verify import (
+    PackedTree,
     Verdict,
     attention_mask,
+    attention_takes_kernels,
     keep_accepted,
+    may_read_back,
     packed_attention,
+    refuse_lengths,
     store_tree,
     tree_attention,
 )
+from specrepro.tree_verify import pack as pack_tree
 
 EMBEDDED = "smollm2"
 ATTENTION = "specrepro_tree"
@@ -71,12 +75,35 @@ class Scores:
 
 @dataclass(slots=True)
 class _Pass:
-    """What the attention function of every layer needs to know about the pass it is in."""
+    """What the layers need to know about the pass that they are in, and what they tell of it."""
 
     cache: KVCache | None
     tree: DraftTree
     masks: dict[int | None, Tensor]  # by sliding window
     is_prefill: bool
+    packed: PackedTree | None = None  # the kernels take it in place of a mask
+    taps: dict[int, Tensor] = field(default_factory=dict)  # residual stream by layer
+    memory: Tensor | None = None  # all that the cache's storage holds, in one dimension
+    layout: Tensor | None = None  # (2, 6) on the CPU: sizes and strides of the cache's slots in it
+
+    def __post_init__(self) -> None:
+        if self.cache is not None:
+            slots = self.cache.slots
+            size = slots.untyped_storage().nbytes() // slots.itemsize
+            self.memory = slots.as_strided((size,), (1,), 0)
+            self.layout = torch.tensor([slots.shape, slots.stride()])
+
+    @classmethod
+    def over_tree(cls, cache: KVCache, tree: DraftTree, windows: set[int | None]) -> _Pass:
+        """Verify `tree` behind `cache`: what all layers share is checked and made here, once."""
+        if may_read_back(cache.lengths):
+            refuse_lengths(cache.lengths, tree.tokens.shape[1], cache.capacity)
+        if attention_takes_kernels(cache.slots):
+            return cls(cache, tree, {}, is_prefill=False, packed=pack_tree(tree))
+        tree_pass = cls(cache, tree, {}, is_prefill=False)
+        for window in windows:
+            tree_pass.mask(window)
+        return tree_pass
 
     def mask(self, window: int | None) -> Tensor | None:
         N = self.tree.tokens.shape[1]
@@ -91,15 +118,28 @@ class _Pass:
                 )
         return self.masks[window]
 
+    def tensors(self, window: int | None) -> tuple[Tensor | None, ...]:
+        """What attention over the tree takes besides a layer's queries, keys and values."""
+        tree, packed = self.tree, self.packed
+        given = (self.memory, self.layout, self.cache.lengths, tree.tokens, tree.parents)
+        if packed is None:
+            return *given, self.mask(window), None, None, None
+        return *given, None, packed.words, packed.depths, packed.num_nodes
+
     def _num_slots(self) -> int:
         """Slots that attention reads.
 
         Batched products on a CPU would first copy anything but the whole cache.
         """
         B, N = self.tree.tokens.shape
-        if B >= 4 and self.tree.tokens.device.type == "cpu":
+        if reads_every_slot(B, self.tree.tokens.device):
             return self.cache.capacity
         return int(self.cache.lengths.max()) + N
+
+
+def reads_every_slot(batch: int, device: torch.device) -> bool:
+    """Whether attention reads a cache up to its capacity, not up to its longest sequence."""
+    return batch >= 4 and device.type == "cpu"
 
 
 def _banded_causal(tokens: Tensor, window: int) -> Tensor:
@@ -127,25 +167,77 @@ def _attend(
         raise ValueError(_unsupported(type(module).__name__, "attends in a way of its own"))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     window = sliding_window or None
-    cache, mask = tree_pass.cache, tree_pass.mask(window)
-    if cache is None:
-        return packed_attention(q, k, v, mask, scaling, softcap), None
-    k_cache, v_cache = cache.slots[module.layer_idx]
-    if tree_pass.is_prefill:
-        store_tree(k, v, k_cache, v_cache, cache.lengths)
-        return packed_attention(q, k, v, mask, scaling, softcap), None
-    options = {"scale": scaling, "window": window, "softcap": softcap, "mask": mask}
-    return tree_attention(q, k, v, k_cache, v_cache, cache.lengths, tree_pass.tree, **options), None
+    options = (scaling, window, softcap)
+    if not tree_pass.is_prefill:
+        attend = _graph_node if torch.compiler.is_compiling() else _attend_over_tree
+        return attend(q, k, v, *tree_pass.tensors(window), module.layer_idx, *options), None
+    if tree_pass.cache is not None:
+        store_tree(k, v, *tree_pass.cache.slots[module.layer_idx], tree_pass.cache.lengths)
+    return packed_attention(q, k, v, tree_pass.mask(window), scaling, softcap), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
 
 
+def _attend_over_tree(
+    q: Tensor,  # (B, N, Hq, D)
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    layout: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    mask: Tensor | None,
+    words: Tensor | None,
+    depths: Tensor | None,
+    num_nodes: Tensor | None,
+    layer: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`tree_attention` in one layer, (B, N, Hq, D), of nothing but tensors and numbers."""
+    tree, packed = DraftTree(tokens, parents), None
+    if words is not None:
+        packed = PackedTree(words, depths, num_nodes)
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    return tree_attention(
+        q,
+        k,
+        v,
+        *memory.as_strided(*layout.tolist())[layer],
+        lengths,
+        tree,
+        mask=mask,
+        packed=packed,
+        **options,
+    ).contiguous()
+
+
+# The node takes the whole cache, since Inductor forgets the offset of a view that a node writes to
+# where sizes vary (pytorch/pytorch 198068), and its layout as data, which no graph depends on.
+_graph_node = torch.library.custom_op(
+    "specrepro::tree_attention", _attend_over_tree, mutates_args={"memory"}
+)
+
+
+@_graph_node.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 class Target:
     """A frozen causal LM with the three operations that a round needs: prefill, verify, keep."""
 
-    def __init__(self, model: nn.Module, tokenizer: object | None, name: str):
-        """Take over `model`; raises ValueError where its layers are not plain attention layers."""
+    def __init__(
+        self, model: nn.Module, tokenizer: object | None, name: str, compile: bool = False
+    ):
+        """Take over `model`; raises ValueError where its layers are not plain attention layers.
+
+        With `compile` passes over trees go through `torch.compile`, which first takes its time
+        four times: for one node and for more, of one sequence and of more.
+        """
         _require_attention_layers(model, name)
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(ATTENTION)
@@ -153,12 +245,18 @@ class Target:
         self.name = name
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
+        self.tree_decoder = (
+            torch.compile(self.decoder, isolate_recompiles=True) if compile else self.decoder
+        )
+        self.windows = _windows(self.config)
         self.head = model.get_output_embeddings()
         self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self.hidden_size, self.vocab_size = self.config.hidden_size, self.head.weight.shape[0]
         self.max_context = getattr(self.config, "max_position_embeddings", None) or 2**31
         self.stop_ids = torch.tensor(_stop_ids(model), dtype=torch.long, device=self.device)
         self.tap_layers = tap_layers(self.config.num_hidden_layers)
+        for layer in set(self.tap_layers):
+            _tap(self.decoder.layers[layer], layer)
         pack(self.model)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -170,6 +268,13 @@ class Target:
         shape = (num_layers, 2, batch, num_kv_heads, capacity, head_dim)
         slots = torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(3, 4)
         return KVCache(slots, torch.zeros(batch, dtype=torch.long, device=self.device))
+
+    def reserve(self, cache: KVCache, num_tokens: int, spare: int = 64) -> None:
+        """Give `cache` room for `num_tokens` more in every row, with `spare` when it must grow."""
+        needed, before = int(cache.lengths.max()) + num_tokens, cache.slots
+        if needed > cache.capacity:
+            cache.slots = self.new_cache(before.shape[2], needed + spare).slots
+            cache.slots[:, :, :, : before.shape[3]] = before
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Scores]:
@@ -188,7 +293,7 @@ class Target:
     @torch.inference_mode()
     def verify(self, cache: KVCache, tree: DraftTree) -> Scores:
         """Score every node of every tree in one pass; their keys wait in the cache for `keep`."""
-        hidden, taps = self._forward(_Pass(cache, tree, {}, is_prefill=False))
+        hidden, taps = self._forward(_Pass.over_tree(cache, tree, self.windows))
         return Scores(self.logits(hidden), taps, hidden)
 
     @torch.inference_mode()
@@ -217,13 +322,17 @@ class Target:
     def _forward(self, tree_pass: _Pass) -> tuple[Tensor, Tensor]:
         tree = tree_pass.tree
         if tree_pass.is_prefill:
+            decoder = self.decoder
             positions = torch.arange(tree.tokens.shape[1], device=self.device)[None]
         else:
+            decoder = self.tree_decoder
             positions = tree_pass.cache.lengths[:, None] + tree.depths()
-        with _recorded_inputs([self.decoder.layers[i] for i in self.tap_layers]) as taps:
-            output = self.decoder(
-                input_ids=tree.tokens, position_ids=positions, use_cache=False, tree_pass=tree_pass
-            )
+            if decoder is not self.decoder:
+                _let_sizes_vary(tree_pass, positions)
+        output = decoder(
+            input_ids=tree.tokens, position_ids=positions, use_cache=False, tree_pass=tree_pass
+        )
+        taps = [tree_pass.taps[layer] for layer in self.tap_layers]
         return output.last_hidden_state, torch.cat(taps, -1)
 
 
@@ -251,20 +360,31 @@ def tap_layers(num_layers: int) -> tuple[int, int, int]:
     return min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)
 
 
-@contextlib.contextmanager
-def _recorded_inputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the hidden states on entry to `layers`, in order, during one forward."""
-    inputs: list[Tensor | None] = [None] * len(layers)
+def _tap(layer: nn.Module, index: int) -> None:
+    """Let each pass note the hidden states on entry to `layer`."""
 
-    def recorder(place: int):
-        return lambda _, args: inputs.__setitem__(place, args[0])
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, object]) -> None:
+        if (tree_pass := options.get("tree_pass")) is not None:
+            tree_pass.taps[index] = inputs[0]
 
-    hooks = [layer.register_forward_pre_hook(recorder(i)) for i, layer in enumerate(layers)]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def _let_sizes_vary(tree_pass: _Pass, positions: Tensor) -> None:
+    """Have `torch.compile` make one graph for all numbers of sequences, nodes and slots above 1."""
+    tree, packed = tree_pass.tree, tree_pass.packed
+    vary = [positions, tree.tokens, tree.parents, *tree_pass.masks.values()]
+    vary += [tree_pass.cache.lengths, tree_pass.memory]
+    vary += [packed.words, packed.depths, packed.num_nodes] if packed else []
+    for tensor in vary:
+        torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+
+
+def _windows(config: PreTrainedConfig) -> set[int | None]:
+    """The sliding windows of a model's layers; None is a layer that sees everything."""
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return {window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def pad(
@@ -298,12 +418,15 @@ def choose_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
 
 
 def load(
-    name: str = EMBEDDED, dtype: str | torch.dtype = "auto", device: str | None = None
+    name: str = EMBEDDED,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    compile: bool = False,
 ) -> Target:
     """Load `smollm2` (the embedded target), a Hub id or a local folder of a causal LM.
 
-    Raises ValueError for a name, a model or a dtype that cannot serve, and for weights that are
-    unreadable or not all there.
+    `compile` sends passes over trees through `torch.compile`. Raises ValueError for a name, a model
+    or a dtype that cannot serve, and for weights that are unreadable or not all there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(dtype, device)
@@ -320,7 +443,7 @@ def load(
         ) from None
     _require_attention_layers(model, name)
     _require_every_weight(report["missing_keys"], name)
-    return Target(model.to(device), _load_tokenizer(folder), name)
+    return Target(model.to(device), _load_tokenizer(folder), name, compile)
 
 
 def _require_causal_config(folder: str, name: str) -> None:

@@ -818,10 +818,15 @@ class Traffic:
 
 def traffic(
     geometry: Geometry, lengths: list[int], nodes: int, query_heads: int, kv_heads: int,
-    head_size: int, itemsize: int,
+    head_size: int, itemsize: int, *, packs_heads: bool = True,
 ) -> Traffic:  # fmt: skip
-    """Count the loops of the attention kernels for prefixes of `lengths`, program by program."""
-    num_rows = nodes * (query_heads // kv_heads)
+    """Count the loops of the attention kernels for prefixes of `lengths`, program by program.
+
+    Without packed heads (a `geometry` planned for as many key-value heads as query heads) each
+    query head reads its keys and values for itself; the drafted ones are still stored once.
+    """
+    readers = kv_heads if packs_heads else query_heads
+    num_rows = nodes * (query_heads // readers)
     vector = head_size * itemsize
     kv_bytes = scratch_bytes = other_bytes = multiplied = 0
     for length in lengths:
@@ -834,14 +839,19 @@ def traffic(
             other_bytes += num_rows * vector
         kv_bytes += geometry.row_blocks * 2 * nodes * vector
         multiplied += -(-nodes // WORD_BITS) * WORD_BITS
-        other_bytes += 2 * nodes * vector + num_rows * (vector + 4)
+        other_bytes += num_rows * (vector + 4)
         other_bytes += num_rows * 4 * -(-nodes // WORD_BITS)
         if num_splits > 1:
             scratch_bytes += 2 * num_splits * num_rows * 4 * (head_size + 2)
     padded = triton.next_power_of_2(head_size)
     operations = 4 * multiplied * geometry.row_blocks * geometry.tiles.rows * padded
-    counts = (kv_bytes, scratch_bytes, other_bytes, operations)
-    return Traffic(*(kv_heads * count for count in counts))
+    stored = 2 * len(lengths) * nodes * kv_heads * vector
+    return Traffic(
+        readers * kv_bytes,
+        readers * scratch_bytes,
+        readers * other_bytes + stored,
+        readers * operations,
+    )
 
 
 def minimum_traffic(
@@ -884,6 +894,10 @@ class Card:
     bytes_per_second: float
     half_operations_per_second: float  # dense, float32 accumulation
 
+    def operations_per_second(self, itemsize: int) -> float:
+        """In float32 a product is three in TF32, each at half the rate of half precision."""
+        return self.half_operations_per_second / (1 if itemsize == 2 else 6)
+
 
 CARDS = (
     Card("A100 SXM 80 GB", 80, 2.039e12, 312e12),
@@ -892,19 +906,17 @@ CARDS = (
 )
 
 
-def floor_seconds(card: Card, moved: Traffic) -> float:
+def floor_seconds(card: Card, moved: Traffic, itemsize: int = 2) -> float:
     """The roofline: no call can be faster than its bytes or its operations, whichever take longer.
 
     Scratch is left out: it stays in the second-level cache at the sizes of a draft tree.
     """
     from_memory = (moved.kv_bytes + moved.other_bytes) / card.bytes_per_second
-    return max(from_memory, moved.operations / card.half_operations_per_second)
+    return max(from_memory, moved.operations / card.operations_per_second(itemsize))
 
 
 if __name__ == "__main__":
     import runpy
-    import sys
 
-    # timing needs the door, which this module may not import: `kernel_report` stands above both
-    sys.argv[1:1] = ["timings"]
-    runpy.run_module("specrepro.kernel_report", run_name="__main__")
+    # timing needs the door and the target, which this module may not import
+    runpy.run_module("specrepro.kernel_timings", run_name="__main__")

@@ -65,7 +65,7 @@ class PackedTree:
 
 def pack(tree: DraftTree) -> PackedTree:
     """Check a tree and pack its ancestors."""
-    if _may_read_back(tree.tokens):
+    if may_read_back(tree.tokens):
         tree.validate(allow_duplicates=True)
     # the cast to int32 keeps the low 32 bits
     words = tree.packed_ancestors().to(torch.int32).view(torch.uint32)
@@ -196,10 +196,10 @@ def tree_attention(
     then need a cache that was zeroed once.
     """
     _refuse_shapes(q, k, v, k_cache, v_cache, cache_lengths, tree, block_table)
-    takes_kernel = _takes_kernel(backend, q)
-    if mask is None and _may_read_back(q) and packed is None:
+    takes_kernel = attention_takes_kernels(q, backend)
+    if mask is None and packed is None and may_read_back(q):
         tree.validate(allow_duplicates=True)
-        _refuse_lengths(cache_lengths, q.shape[1], _capacity(k_cache, block_table))
+        refuse_lengths(cache_lengths, q.shape[1], _capacity(k_cache, block_table))
     if takes_kernel:
         _refuse_what_kernels_lack(q)
         packed = packed or pack(tree)
@@ -357,7 +357,7 @@ def verify_greedy(
     every other node, which in half precision on a CPU takes longer than the whole target pass.
     """
     takes_kernel = _takes_kernel(backend, tree.tokens)
-    if _may_read_back(tree.tokens):
+    if may_read_back(tree.tokens):
         tree.validate()
     if callable(choice):
         if backend == "triton":
@@ -664,6 +664,16 @@ def takes_kernels(tensor: Tensor) -> bool:
     return _takes_kernel("auto", tensor)
 
 
+def attention_takes_kernels(q: Tensor, backend: str = "auto") -> bool:
+    """Likewise for attention, where "auto" leaves head sizes that the kernels lack to torch."""
+    is_asked_for = _resolved(backend) != "auto"
+    return _takes_kernel(backend, q) and (is_asked_for or q.shape[-1] in HEAD_SIZES)
+
+
+def _resolved(backend: str) -> str:
+    return _auto_backend.get() if _known(backend) == "auto" else backend
+
+
 def _known(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose {', '.join(BACKENDS)}")
@@ -671,7 +681,7 @@ def _known(backend: str) -> str:
 
 
 def _takes_kernel(backend: str, tensor: Tensor) -> bool:
-    backend = _auto_backend.get() if _known(backend) == "auto" else backend
+    backend = _resolved(backend)
     if backend == "triton" and not tensor.is_cuda and not tree_kernel.is_interpreted():
         raise ValueError(
             f"backend 'triton' needs a GPU tensor, not one on {tensor.device}: use "
@@ -681,7 +691,7 @@ def _takes_kernel(backend: str, tensor: Tensor) -> bool:
     return backend == "triton" or (backend == "auto" and tensor.is_cuda)
 
 
-def _may_read_back(tensor: Tensor) -> bool:
+def may_read_back(tensor: Tensor) -> bool:
     """Reading a GPU's values costs a synchronisation, and is forbidden in a CUDA graph."""
     return not tensor.is_cuda or not torch.cuda.is_current_stream_capturing()
 
@@ -722,7 +732,8 @@ def _refuse_shapes(
             )
 
 
-def _refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> None:
+def refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> None:
+    """Raise ValueError where prefixes of these lengths leave no room for a tree behind them."""
     shortest, longest = (int(length) for length in cache_lengths.aminmax())
     if shortest < 0 or longest + num_nodes > capacity:
         raise ValueError(
@@ -771,7 +782,7 @@ def _refuse_sampling(
     if not callable(target_probs):
         for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
             _refuse_probs(name, probs, (B, N, vocab_size))
-    if _may_read_back(tree.tokens):
+    if may_read_back(tree.tokens):
         tree.validate(vocab_size, allow_duplicates=mode == "with_replacement")
 
 
@@ -799,7 +810,7 @@ def _refuse_probs(name: str, probs: Tensor | None, shape: tuple[int, int, int]) 
         return
     if probs.shape != shape:
         raise ValueError(f"{name} must be {shape}, not {tuple(probs.shape)}")
-    if _may_read_back(probs) and not (torch.isfinite(probs).all() and (probs >= 0).all()):
+    if may_read_back(probs) and not (torch.isfinite(probs).all() and (probs >= 0).all()):
         row, node, token = (~torch.isfinite(probs) | (probs < 0)).nonzero()[0].tolist()
         raise ValueError(
             f"{name} of token {token} at node {node} of sequence {row} is "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ import numpy
 import pytest
 import torch
 
+# `pytest -m gpu` runs the kernels compiled; anything else runs on the CPU, whatever there is beside
+if not any("gpu" in argument for argument in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # @triton.jit reads this once, so it comes before any specrepro import
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -81,6 +85,20 @@ def tiny_chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_target(tiny_chat_folder: Path) -> Target:
     """The tiny Llama with a tokenizer, in float32."""
     return target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def quick_target() -> Target:
+    """One small layer behind the same tokenizer and template: a round takes two milliseconds."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None}
+    config = AutoConfig.for_model("llama", vocab_size=len(VOCABULARY), **sizes)
+    config.max_position_embeddings = 512
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).float()
+        _draw_decisive_weights(model)
+    return Target(model, _character_tokenizer(), "quick")
 
 
 @pytest.fixture

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from scripted_drafters import Scripted
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
-from specrepro import tree_kernel, tree_verify
+from specrepro import target_model, tree_kernel, tree_verify
 from specrepro.decoding import decode, decode_autoregressively
+from specrepro.draft_tree import DraftTree
 from specrepro.target_model import Target
 
 PROMPTS = [[10, 20, 30, 40, 50], [60, 70, 80]]
 
 
-@pytest.fixture(scope="module")
-def target() -> Target:
+def tiny_model() -> nn.Module:
     """Two grouped-query layers of a head size that the kernels have."""
     options = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64}
     options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -28,7 +30,12 @@ def target() -> Target:
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight.data, std=2 / weight.shape[-1] ** 0.5)
-    return Target(model, None, "tiny")
+    return model
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(tiny_model(), None, "tiny")
 
 
 @pytest.fixture
@@ -60,6 +67,45 @@ def test_a_decode_through_the_kernels_says_what_torch_says(target, launches, tem
     assert [run.tokens for run in runs] == words
     assert max(runs[0].accepted + runs[1].accepted) > 1, "no walk went deep"
     assert launches == {"attend", "keep", "walk_coupled" if temperature else "walk_greedily"}
+
+
+def test_a_tree_is_checked_and_packed_once_a_pass_and_not_once_a_layer(
+    target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: Counter[str] = Counter()
+
+    def count(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*arguments: object, **options: object) -> object:
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for owner, name in (
+        (DraftTree, "packed_ancestors"),
+        (DraftTree, "validate"),
+        (target_model, "attention_mask"),
+        (tree_kernel, "attend"),
+    ):
+        count(owner, name)
+    tree = DraftTree(torch.tensor([[5, 6, 7], [8, 9, 9]]), torch.tensor([[-1, 0, 0], [-1, 0, 1]]))
+    cache, _ = target.prefill(PROMPTS, capacity=20)
+    with tree_verify.using("triton"):
+        by_kernels = target.verify(cache, tree)
+    assert counts == {"attend": 2, "packed_ancestors": 1, "validate": 1}
+    counts.clear()
+    torch.testing.assert_close(target.verify(cache, tree).logits, by_kernels.logits)
+    assert counts == {"attention_mask": 1}
+
+
+def test_a_tree_too_large_for_the_cache_is_refused_before_the_kernels_run(target, launches) -> None:
+    cache, _ = target.prefill(PROMPTS, capacity=7)
+    tree = DraftTree.chain(torch.full((2, 3), 5))
+    with tree_verify.using("triton"), pytest.raises(ValueError, match="from 3 to 5; with 3 nodes"):
+        target.verify(cache, tree)
+    assert not launches
 
 
 def test_another_backend_holds_inside_the_block_alone() -> None:

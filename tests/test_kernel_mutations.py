@@ -36,6 +36,10 @@ def splits(_: pytest.MonkeyPatch) -> None:
     attention.test_long_and_ragged_prefixes_are_merged_from_their_splits((256, 257), "triton")
 
 
+def unseen(_: pytest.MonkeyPatch) -> None:
+    attention.test_splits_that_no_row_sees_count_for_nothing("triton")
+
+
 def window(_: pytest.MonkeyPatch) -> None:
     attention.test_a_sliding_window_counts_depth_and_not_the_node_index(2, "triton")
 
@@ -112,6 +116,11 @@ MUTATIONS: dict[str, tuple[str, str, Check]] = {
         "acc = acc * fade[:, None] + split_acc * split_fade[:, None]",
         "acc = acc + split_acc",
         splits,
+    ),
+    "a split that saw nothing spoils the merge": (
+        'shift = tl.where(new_best == float("-inf"), 0.0, new_best)\n        fade, split_fade',
+        "shift = new_best\n        fade, split_fade",
+        unseen,
     ),
     "splits follow the number of nodes": (
         "min_split, max_splits = FIXED_SPLIT,",

@@ -25,6 +25,7 @@ from tree_cases import language_patched_once_a_launch  # noqa: F401
 from specrepro.draft_tree import DraftTree
 from specrepro.tree_verify import (
     SAMPLING_MODES,
+    Verdict,
     draw,
     race,
     race_lead,
@@ -180,12 +181,12 @@ def target_alone(vocab_size: int, length: int, target: Callable | None = None) -
 
 
 @pytest.mark.parametrize("mode", SAMPLING_MODES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "star of six tokens"])
 def test_the_rule_emits_the_targets_distribution_fraction_for_fraction(
     shape: str, mode: str
 ) -> None:
-    parents = SHAPES[shape]
-    vocab_size = 4 if shape == "star" else 3
+    parents = SHAPES.get(shape, SHAPES["star"])
+    vocab_size = {"star": 4, "star of six tokens": 6}.get(shape, 3)
     expected = target_alone(vocab_size, depth_of(parents) + 1)
     assert emitted_distribution(parents, mode, vocab_size) == expected
 
@@ -231,6 +232,18 @@ def one_coin_for_all(tokens, parents, p, is_accepted, draw_token, *, mode, draft
     return [], [draw_token(0, left)]
 
 
+def rejected_token_alone(tokens, parents, p, is_accepted, draw_token, *, mode, draft_probs):
+    """Wrong: a refused draft that was sampled takes only its own token's share of the draft with it
+    (EAGLE #20; its sampler at T > 0 had to be repaired again in #47)."""
+    left, q = list(p[0]), draft_probs[0]
+    for child in range(1, len(tokens)):
+        token = tokens[child]
+        if is_accepted(child, left[token], q[token] * sum(left)):
+            return [child], [token, draw_token(child, p[child])]
+        left[token] = max(left[token] - q[token] * sum(left), Fraction(0))
+    return [], [draw_token(0, left if sum(left) else p[0])]
+
+
 def fractions(masses: Sequence[float]) -> list[Fraction]:
     return [Fraction(str(mass)) for mass in masses]
 
@@ -271,6 +284,8 @@ def is_plausible(counts: Tensor, expected: Sequence[float]) -> bool:
         (original_target, "with_replacement", (0.28, 0.50, 0.22)),
         (never_renormalised, "deterministic", None),
         (one_coin_for_all, "deterministic", None),
+        (rejected_token_alone, "with_replacement", None),
+        (rejected_token_alone, "without_replacement", None),
     ],
 )
 def test_rules_that_others_shipped_are_rejected_and_ours_are_not(
@@ -341,26 +356,56 @@ def sampled_batch(
     return tree, arguments | dict(mode=mode), one[0] / one.sum(), two / two.sum(-1, keepdim=True)
 
 
+def two_tokens(verdict: Verdict, second_level: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The first two tokens of each round, the second from the target where none was emitted."""
+    first = verdict.tokens[:, 0]
+    own = torch.multinomial(second_level[first], 1, generator=torch.Generator().manual_seed(seed))
+    if verdict.tokens.shape[1] == 1:
+        return first, own[:, 0]
+    return first, torch.where(verdict.num_accepted > 0, verdict.tokens[:, 1], own[:, 0])
+
+
 @pytest.mark.parametrize("mode", SAMPLING_MODES)
 def test_many_draws_of_two_tokens_follow_the_target(mode: str) -> None:
     tree, arguments, one, two = sampled_batch(mode, 60_000, [-1, 0, 0, 1, 1, 2], seed=1)
     verdict = verify_sample(tree, **arguments, backend="torch")
     assert verdict.num_accepted.bincount(minlength=3).min() > 1000, "some outcome hardly occurs"
-    rng = torch.Generator().manual_seed(7)
-    own = torch.multinomial(two[verdict.tokens[:, 0]], 1, generator=rng)[:, 0]
-    second = torch.where(verdict.num_accepted > 0, verdict.tokens[:, 1], own)
-    counts = torch.bincount(verdict.tokens[:, 0] * len(one) + second, minlength=len(one) ** 2)
+    first, second = two_tokens(verdict, two, seed=7)
+    counts = torch.bincount(first * len(one) + second, minlength=len(one) ** 2)
     assert is_plausible(counts, (one[:, None] * two).flatten().tolist())
 
 
 @pytest.mark.parametrize("mode", SAMPLING_MODES)
-def test_the_kernels_draws_follow_the_target_and_would_not_pass_as_another(mode: str) -> None:
-    tree, arguments, one, _ = sampled_batch(mode, 250, [-1, 0, 0], seed=2)
+@pytest.mark.parametrize("shape", ["chain", "star", "random"])
+def test_the_kernels_draws_follow_the_target(shape: str, mode: str) -> None:
+    tree, arguments, one, two = sampled_batch(mode, 80, SHAPES[shape], seed=2, vocab_size=6)
     verdict = verify_sample(tree, **arguments, backend="triton")
-    counts = torch.bincount(verdict.tokens[:, 0], minlength=len(one))
-    assert 20 < (verdict.num_accepted > 0).sum() < 245
-    assert is_plausible(counts, one.tolist())
-    assert not is_plausible(counts, one.roll(1).tolist())
+    assert 4 < (verdict.num_accepted > 0).sum() < 76, "all walks went alike"
+    expected = one, one @ two
+    for tokens, masses in zip(two_tokens(verdict, two, seed=7), expected, strict=True):
+        assert is_plausible(torch.bincount(tokens, minlength=6), masses.tolist())
+
+
+@pytest.mark.parametrize("mode", REJECTING)
+def test_the_kernels_draws_follow_the_target_where_a_wrong_rule_is_far_off(mode: str) -> None:
+    # three siblings, and a rule that forgets one of them moves mass by a fifth or more
+    p, q = torch.tensor([0.1, 0.1, 0.1, 0.7]), torch.tensor([0.3, 0.3, 0.3, 0.1])
+    rng, B = torch.Generator().manual_seed(0), 200
+    is_chosen = mode == "deterministic"
+    p = p.flip(0) if is_chosen else p
+    drafts = torch.multinomial(q.expand(B, 4), 3, mode == "with_replacement", generator=rng)
+    drafts = torch.arange(3).expand(B, 3) if is_chosen else drafts
+    tokens = torch.cat([torch.zeros(B, 1, dtype=torch.long), drafts], 1)
+    verdict = verify_sample(
+        DraftTree(tokens, torch.tensor([[-1, 0, 0, 0]]).repeat(B, 1)),
+        p.expand(B, 4, 4),
+        torch.rand(B, 4, generator=rng),
+        torch.rand(B, generator=rng),
+        mode=mode,
+        draft_probs=None if is_chosen else q.expand(B, 4, 4),
+        backend="triton",
+    )
+    assert is_plausible(torch.bincount(verdict.tokens[:, 0], minlength=4), p.tolist())
 
 
 @pytest.mark.parametrize("mode", SAMPLING_MODES)

@@ -1,23 +1,33 @@
 """Tree attention: the kernel, run by Triton's interpreter, and the torch path both do what the
 reference says.
 
-Bitwise claims are about the kernel's order of reduction; on a GPU the tests marked `gpu` repeat
+Bitwise claims are about the kernel's order of reduction; `test_kernel_on_gpu.py` repeats
 them.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tree_cases import (
     TOLERANCE,
+    AttentionCase,
     attention_case,
     language_patched_once_a_launch,  # noqa: F401
     paged,
 )
 
 from specrepro.draft_tree import DraftTree
-from specrepro.tree_verify import pack, tree_attention, tree_attention_reference
+from specrepro.tree_verify import (
+    attention_mask,
+    attention_takes_kernels,
+    pack,
+    store_tree,
+    tree_attention,
+    tree_attention_reference,
+)
 
 BACKENDS = ("triton", "torch")
 CHAIN = torch.arange(-1, 8).expand(1, 9)
@@ -31,6 +41,23 @@ def error_of(case, backend: str, **options) -> float:
     assert torch.equal(lse.isneginf(), expected_lse.isneginf())
     lse_error = (lse - expected_lse).nan_to_num(0.0).abs().max()
     return max((out - expected).abs().max().item(), lse_error.item())
+
+
+def test_the_reference_is_a_dense_masked_softmax_in_float64() -> None:
+    case = attention_case(12, 3, lengths=(9, 0), num_kv_heads=2, seed=1, padding=3)
+    options = {"softcap": 2.0, "scale": 0.3, "window": 5}
+    out, lse = tree_attention_reference(*case.arguments, return_lse=True, **options)
+    mask = attention_mask(case.tree, case.cache_lengths, case.k_cache.shape[1], window=5)
+    store_tree(case.k, case.v, case.k_cache, case.v_cache, case.cache_lengths)
+    keys, values = (
+        cache.nan_to_num(0.0).double().repeat_interleave(3, 2)
+        for cache in (case.k_cache, case.v_cache)
+    )
+    scores = torch.einsum("bnhd,bshd->bnhs", case.q.double(), keys) * 0.3
+    scores = (2 * (scores / 2).tanh()).masked_fill(~mask[:, :, None], -torch.inf)
+    dense = torch.einsum("bnhs,bshd->bnhd", scores.softmax(-1).nan_to_num(0.0), values)
+    torch.testing.assert_close(out, dense.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,6 +127,12 @@ def test_a_sliding_window_counts_depth_and_not_the_node_index(window: int, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_splits_that_no_row_sees_count_for_nothing(backend: str) -> None:
+    case = attention_case(9, 2, lengths=(600, 258), padding=2)
+    assert error_of(case, backend, window=3) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_softcap_scale_and_window_work_together(backend: str) -> None:
     case = attention_case(7, 2, lengths=(50, 11))
     options = dict(softcap=3.0, scale=0.4, window=6)
@@ -143,30 +176,39 @@ def test_padding_gets_zero_and_a_log_sum_exp_of_minus_infinity(backend: str) -> 
     assert out[1, :5].isfinite().all() and out[0].isfinite().all() and lse[0].isfinite().all()
 
 
-def test_each_branch_is_plain_attention_over_a_chain() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_branch_is_plain_attention_over_a_chain(backend: str) -> None:
     case = attention_case(24, 2, lengths=(40,), seed=3)
-    out = tree_attention(*case.arguments, backend="triton")
-    parents = case.tree.parents[0].tolist()
-    deepest = int(case.tree.depths()[0].argmax())
-    path = [deepest]
-    while parents[path[-1]] >= 0:
-        path.append(parents[path[-1]])
-    path.reverse()
-    assert len(path) > 4, "no branch is long enough to mean anything"
-    keys = torch.cat([case.k_cache[:, :40], case.k[:, path]], 1).transpose(1, 2)
-    values = torch.cat([case.v_cache[:, :40], case.v[:, path]], 1).transpose(1, 2)
-    n = len(path)
-    mask = torch.ones(n, 40 + n, dtype=torch.bool).tril(40)
-    plain = torch.nn.functional.scaled_dot_product_attention(
-        case.q[:, path].transpose(1, 2), keys, values, mask, enable_gqa=True
+    out = tree_attention(*case.arguments, backend=backend)
+    parents, longest = case.tree.parents[0].tolist(), 0
+    for leaf in set(range(24)) - set(parents):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        longest = max(longest, len(path))
+        plain = causal_attention(case, path)
+        assert (out[:, path] - plain).abs().max() < TOLERANCE[torch.float32]
+    assert longest > 4, "no branch is long enough to mean anything"
+
+
+def causal_attention(case: AttentionCase, path: list[int]) -> torch.Tensor:
+    """The nodes of `path` behind the first sequence's prefix, as a model would attend to them."""
+    length, n = int(case.cache_lengths[0]), len(path)
+    keys = torch.cat([case.k_cache[:1, :length], case.k[:1, path]], 1).transpose(1, 2)
+    values = torch.cat([case.v_cache[:1, :length], case.v[:1, path]], 1).transpose(1, 2)
+    mask = torch.ones(n, length + n, dtype=torch.bool).tril(length)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        case.q[:1, path].transpose(1, 2), keys, values, mask, enable_gqa=True
     )
-    assert (out[:, path] - plain.transpose(1, 2)).abs().max() < TOLERANCE[torch.float32]
+    return out.transpose(1, 2)
 
 
+@pytest.mark.parametrize("is_chain", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_row_depends_on_what_else_is_in_the_tree(dtype: torch.dtype) -> None:
+def test_no_row_depends_on_what_else_is_in_the_tree(dtype: torch.dtype, is_chain: bool) -> None:
     """One node alone, a chain cut anywhere and a tree with nodes added give the same bits."""
-    whole = attention_case(37, 3, lengths=(280, 31), dtype=dtype, seed=5)
+    parents = torch.arange(-1, 36).expand(2, 37) if is_chain else None
+    whole = attention_case(37, 3, lengths=(280, 31), dtype=dtype, seed=5, parents=parents)
     out = tree_attention(*whole.arguments, backend="triton")
     for N in (1, 2, 9, 33):
         tree = DraftTree(whole.tree.tokens[:, :N], whole.tree.parents[:, :N])
@@ -262,6 +304,17 @@ def test_bad_input_is_refused_before_anything_runs(
     assert torch.equal(arguments["k_cache"].nan_to_num(7), case.k_cache.nan_to_num(7))
 
 
+@pytest.mark.parametrize(("head_size", "takes_kernels"), [(48, False), (64, True), (512, False)])
+def test_on_a_gpu_auto_leaves_head_sizes_that_the_kernels_lack_to_torch(
+    head_size: int, takes_kernels: bool
+) -> None:
+    on_gpu = SimpleNamespace(is_cuda=True, shape=(1, 5, 2, head_size))
+    assert attention_takes_kernels(on_gpu) == takes_kernels
+    assert attention_takes_kernels(on_gpu, "triton") and not attention_takes_kernels(
+        on_gpu, "torch"
+    )
+
+
 def test_what_no_kernel_does_is_named() -> None:
     case = attention_case(2, 1, D=48, lengths=(3,))
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose auto"):
@@ -272,25 +325,3 @@ def test_what_no_kernel_does_is_named() -> None:
         half = attention_case(2, 1, lengths=(3,), dtype=torch.bfloat16)
         with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
             tree_attention(*half.arguments, backend="triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-def test_on_a_gpu_the_compiled_kernel_matches_and_no_row_depends_on_others(
-    dtype: torch.dtype, D: int
-) -> None:
-    case = attention_case(60, 4, D, lengths=(1021, 300, 0), dtype=dtype, num_kv_heads=2)
-    expected = tree_attention_reference(*case.arguments)
-    q, k, v, k_cache, v_cache, lengths, tree = (
-        DraftTree(x.tokens.cuda(), x.parents.cuda()) if isinstance(x, DraftTree) else x.cuda()
-        for x in case.arguments
-    )
-    out = tree_attention(q, k, v, k_cache.clone(), v_cache.clone(), lengths, tree)
-    assert (out.cpu() - expected).abs().max() < TOLERANCE[dtype]
-    for N in (1, 17, 33):
-        part = DraftTree(tree.tokens[:, :N], tree.parents[:, :N])
-        own = (q[:, :N], k[:, :N], v[:, :N])
-        rows = tree_attention(*own, k_cache.clone(), v_cache.clone(), lengths, part)
-        assert torch.equal(rows, out[:, :N])

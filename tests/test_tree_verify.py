@@ -202,19 +202,3 @@ def test_without_gpu_or_interpreter_the_kernel_says_what_to_do() -> None:
     )
     assert run.stdout == "5\n"
     assert "ValueError: backend 'triton' needs a GPU tensor, not one on cpu" in run.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_walk_and_cache_are_those_of_the_cpu() -> None:
-    tree, choice = random_trees(64, 129, agreement=0.9, seed=1)
-    on_gpu = DraftTree(tree.tokens.cuda(), tree.parents.cuda())
-    lengths, cache = torch.randint(0, 50, (64,)), torch.randn(2, 64, 200, 2, 16)
-    verdict = verify_greedy(on_gpu, choice.cuda())
-    moved = cache.cuda()
-    keep_accepted(moved, verdict, lengths.cuda())
-    expected = verify_greedy(tree, choice)
-    kept = keep_accepted(cache, expected, lengths)
-    assert accepted_paths(verdict) == accepted_paths(expected)
-    for b, length in enumerate(kept.tolist()):
-        assert torch.equal(moved[:, b, :length].cpu(), cache[:, b, :length])
