@@ -2,6 +2,10 @@
 
 Pickle files are refused, with the conversion named: loading one runs whatever code it holds. The
 conversion, `python -m specrepro.checkpoints convert`, reads tensors and nothing else.
+
+The layout of released EAGLE-3 heads is held to strictly: no tensor too many or too few, no field of
+config.json that asks for another computation. `export` writes the same head as the `speculators`
+library reads it.
 """
 
 from __future__ import annotations
@@ -12,17 +16,31 @@ import json
 import os
 import pickle
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PLAIN = {  # what would change a released head's computation, at the one value that is known here
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+    "use_sliding_window": False, "norm_before_residual": False, "norm_before_fc": False,
+    "fc_norm": False, "norm_output": False,
+}  # fmt: skip
+# what says nothing of it; some heads of one layer repeat the target's num_hidden_layers
+INERT = set(
+    "architectures model_type num_hidden_layers tie_word_embeddings max_position_embeddings"
+    " bos_token_id eos_token_id pad_token_id unk_token_id decoder_start_token_id torch_dtype dtype"
+    " transformers_version use_cache initializer_range attention_dropout pretraining_tp"
+    " sliding_window max_window_layers specrepro_tree".split()
+)
+SPECULATORS = "0.9.0"  # the version whose layout `export` writes
 
 
 def save(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
@@ -138,6 +156,132 @@ def load_strictly(
     module.load_state_dict(known, strict=False)
 
 
+# --- released heads
+
+
+def require_plain(config: Mapping[str, object], read: Iterable[str], folder: Path | str) -> None:
+    """Raise a ValueError for a field of config.json that is unknown or asks for what is not done.
+
+    `read` names the fields that the caller goes by.
+    """
+    unknown = sorted(config.keys() - PLAIN.keys() - INERT - {*read, "eagle_config"})
+    faults = [f"unknown: {', '.join(unknown)}"] if unknown else []
+    faults += [
+        f"{name} is {config[name]!r}, and only {value!r} is known here"
+        for name, value in PLAIN.items()
+        if config.get(name, value) != value
+    ]
+    taps = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if taps is not None and not are_fused_taps(taps):
+        faults.append(f"eagle_config names the layers {taps}, and only EAGLE-3's own are read here")
+    if faults:
+        raise ValueError(f"{CONFIG} of checkpoint {folder}: {'; '.join(faults)}")
+
+
+def are_fused_taps(layers: Sequence[int]) -> bool:
+    """Whether these are EAGLE-3's three taps of some target.
+
+    They are counted by the layers that they enter, 2, N // 2 and N - 3, or that they leave, each
+    one less.
+    """
+    if len(layers) != 3 or layers[0] not in (1, 2):
+        return False
+    entered = [layer + 2 - layers[0] for layer in layers]
+    return entered[1] == (entered[2] + 3) // 2
+
+
+def require_one_vocabulary(d2t: Tensor, t2d: Tensor, folder: Path | str) -> None:
+    """Raise a ValueError unless draft token i is target token i + d2t[i], and t2d marks these."""
+    token_ids = torch.arange(len(d2t)) + d2t
+    if not torch.equal(token_ids, t2d.nonzero()[:, 0]):
+        raise ValueError(
+            f"d2t and t2d of checkpoint {folder} name different target tokens: d2t must hold"
+            f" offsets, target id less draft id, of the {int(t2d.sum())} tokens that t2d marks,"
+            " in ascending order"
+        )
+
+
+def export(source: Path, folder: Path, target: Path, name: str = "", num_drafted: int = 5) -> Path:
+    """Rewrite an EAGLE-3 checkpoint as the `speculators` library reads it.
+
+    The word embedding goes in with the head, read from the folder `target`: the library would look
+    for a missing one by its NaNs, which memory that nothing was read into need not hold. `name` is
+    what config.json calls the target, such as its Hub id; `num_drafted` is the length of the chains
+    it names.
+    """
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"{folder} is the checkpoint itself; name another folder to export to")
+    tensors, config = load(source)
+    if "midlayer.hidden_norm.weight" not in tensors:
+        raise ValueError(
+            f"checkpoint {source} is not an EAGLE-3 head, so there is nothing to export"
+        )
+    if "embed_tokens.weight" in tensors or "features" in config:
+        raise ValueError(
+            f"checkpoint {source} is narrower than its target or reads other states of it;"
+            " speculators has no such head"
+        )
+    renamed = {key.replace("midlayer.", "layers.0."): t for key, t in tensors.items()}
+    renamed["embed_tokens.weight"] = _embedding(target, config["vocab_size"], config["hidden_size"])
+    verifier = {"name_or_path": name or str(target), "architectures": _architectures(target)}
+    return save(folder, renamed, _speculators_config(config, verifier, num_drafted))
+
+
+def _embedding(target: Path, vocab_size: int, hidden_size: int) -> Tensor:
+    """(V, H) the word embedding among a target's weights; ValueError where none fits the head."""
+    for path in sorted(target.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found = [name for name in file.keys() if name.endswith("embed_tokens.weight")]
+            for weight in map(file.get_tensor, found):
+                if weight.shape == (vocab_size, hidden_size):
+                    return weight
+    raise ValueError(
+        f"no word embedding of {vocab_size} x {hidden_size} in the safetensors of {target};"
+        " name the folder of the target that the head was made for"
+    )
+
+
+def _speculators_config(
+    config: Mapping[str, object], verifier: dict[str, object], num_drafted: int
+) -> dict[str, object]:
+    vocab_size = config["vocab_size"]
+    proposal = {"proposal_type": "greedy", "speculative_tokens": num_drafted}
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS,
+        "draft_vocab_size": config.get("draft_vocab_size", vocab_size),
+        "norm_before_residual": False,
+        "transformer_layer_config": _layer_config(config),
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": verifier,
+        },
+    }
+
+
+def _layer_config(config: Mapping[str, object]) -> dict[str, object]:
+    """transformers' config of the one layer; its own default of a field is not always ours."""
+    elsewhere = {"draft_vocab_size", "eagle_config", "specrepro_tree"}
+    kept = {name: value for name, value in config.items() if name not in elsewhere}
+    theta = config.get("rope_theta", 10000.0)
+    rope = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    eps = {"rms_norm_eps": config.get("rms_norm_eps", 1e-5)}
+    fixed = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False}
+    return kept | rope | eps | fixed
+
+
+def _architectures(target: Path) -> list[str]:
+    """What a target's own config.json says of it."""
+    path = target / CONFIG
+    return json.loads(path.read_text()).get("architectures", []) if path.is_file() else []
+
+
+# --- pickles
+
+
 def convert(source: Path, folder: Path) -> Path:
     """Rewrite a pickled state dict and the config.json beside it as a checkpoint folder.
 
@@ -167,21 +311,33 @@ def _unpickle_tensors(source: Path) -> dict[str, Tensor]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m specrepro.checkpoints convert <pytorch_model.bin> <folder>`."""
-    parser = argparse.ArgumentParser(prog="python -m specrepro.checkpoints")
-    commands = parser.add_subparsers(required=True, metavar="convert")
-    command = commands.add_parser("convert", help="rewrite a pickled checkpoint as safetensors")
-    command.add_argument(
-        "source", type=Path, help="a pytorch_model.bin with its config.json beside it"
-    )
-    command.add_argument("folder", type=Path, help="where model.safetensors and config.json go")
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m specrepro.checkpoints convert` and `export`; 1 and one line where they cannot."""
+    options = vars(_parser().parse_args(arguments))
     try:
-        print(convert(options.source, options.folder))
+        print(options.pop("run")(**options))
     except ValueError as error:
-        parser.error(str(error))
+        print(f"specrepro.checkpoints: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m specrepro.checkpoints")
+    commands = parser.add_subparsers(required=True, metavar="convert|export")
+    for run, about, source in (
+        (convert, "rewrite a pickled checkpoint as safetensors", "pytorch_model.bin"),
+        (export, "rewrite an EAGLE-3 head as speculators reads it", "folder of the checkpoint"),
+    ):
+        command = commands.add_parser(run.__name__, help=about)
+        command.set_defaults(run=run)
+        command.add_argument("source", type=Path, help=source)
+        command.add_argument("folder", type=Path, help=f"where {WEIGHTS} and {CONFIG} go")
+    command.add_argument("--target", type=Path, required=True, help="folder of the head's target")
+    command.add_argument("--name", default="", help="of the target, such as its Hub id")
+    command.add_argument("--num-drafted", type=int, default=5, help="length of the drafted chains")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

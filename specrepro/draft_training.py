@@ -2,21 +2,25 @@
 
 A drafter brings its module, a loss over a batch and its batches; the loop brings the rest. A run is
 a function of its seed: stopped and resumed, it ends in the same state as a run that was never
-stopped. Under `torchrun` every process takes its share of each batch and gradients are averaged.
+stopped. Under `torchrun` every process takes its share of each batch and gradients are averaged;
+the drafter is whole on every device, and the target's layers need not be (`shard`).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from specrepro import checkpoints
@@ -110,12 +114,12 @@ def _step(
     )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), "gradient_norm": norm.item()} | metrics
+    return mean_over_processes({"loss": loss.item(), "gradient_norm": norm.item()} | metrics)
 
 
 def average_gradients(module: nn.Module) -> None:
     """Mean of the gradients over all processes; nothing where there is one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _num_processes() == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -125,13 +129,45 @@ def average_gradients(module: nn.Module) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def mean_over_processes(numbers: dict[str, float]) -> dict[str, float]:
+    """Mean of each number over all processes, which have the same ones."""
+    if _num_processes() == 1:
+        return numbers
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(numbers, (values / _num_processes()).tolist(), strict=True))
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def join_processes() -> tuple[int, int]:
-    """(rank, number of processes) under torchrun, joined over gloo; (0, 1) otherwise."""
+    """(rank, number of processes) under torchrun, each with a GPU of its own where there are any;
+    (0, 1) otherwise.
+    """
     if not dist.is_torchelastic_launched():
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def shard(layers: Iterable[nn.Module], device_type: str) -> None:
+    """Spread the parameters of a frozen target's `layers` over the devices of all processes.
+
+    For targets that fit no single device. Training on cached features never runs these layers: it
+    reads the word embedding and the language-model head, which stay whole on every device, as does
+    the drafter. What runs them is the scoring of held-out prompts, where each layer is gathered
+    while it computes: so every process must run the same passes, and scores alike. Answering
+    prompts one part a process cannot be done on layers spread like this.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
 
 
 def is_first_process() -> bool:
@@ -300,8 +336,9 @@ class _Run:
         """Evaluate and save where it is time to."""
         is_last = step + 1 == self.config.total_steps
         every = self.config.evaluate_every
-        if score is not None and self.is_first and (is_last or (every and (step + 1) % every == 0)):
-            self._keep_if_best(step, score)
+        if score is not None and (is_last or (every and (step + 1) % every == 0)):
+            # by every process, since a target spread over them runs in all or none
+            self._keep_if_best(step, score(self.module))
         if self.is_first and (
             is_last or time.monotonic() - self.saved_at > self.config.save_seconds
         ):
@@ -315,11 +352,10 @@ class _Run:
         checkpoints.save_tensors(self.folder / STATE, self._tensors() | scalars)
         self.saved_at = time.monotonic()
 
-    def _keep_if_best(self, step: int, score: Callable[[nn.Module], float]) -> None:
-        value = score(self.module)
-        self.log(step, {"score": value})
-        if value > self.best:
-            self.best = value
+    def _keep_if_best(self, step: int, score: float) -> None:
+        self.log(step, {"score": score})
+        if self.is_first and score > self.best:
+            self.best = score
             checkpoints.save_tensors(self.folder / BEST, dict(self.module.named_parameters()))
 
     def restore_best(self) -> None:

@@ -3,7 +3,8 @@
 arXiv:2503.01840.
 
 Reproduced: the head (section 3.1), training-time test (3.2), dynamic draft trees (EAGLE-2's,
-appendix A), Table 1's measures at temperature 0 and 1, Table 2's ablations, acceptance by depth.
+appendix A), Table 1's measures at temperature 0 and 1; Table 2's ablations, acceptance by depth,
+data scaling and throughput against batch size, by `eagle3_lab`.
 Not reproduced here: the paper's targets and GPUs at any tier below `paper`; serving tables 3 to 5.
 Departs from the paper:
 - no second linear layer 2H -> H before the decoder layer: no released checkpoint has it, q, k and v
@@ -53,7 +54,7 @@ class HeadConfig(LayerConfig):
     """Sizes of EAGLE-3's head, and what it reads of the target."""
 
     draft_vocab_size: int = 32000  # released Llama-3 heads
-    target_hidden_size: int | None = None  # where it differs from hidden_size
+    target_hidden_size: int | None = None  # where it differs, the head has an embedding of its own
     features: str | None = None  # three taps fused; "final": the final state alone (Table 2)
 
     def __post_init__(self) -> None:
@@ -65,6 +66,11 @@ class HeadConfig(LayerConfig):
     @property
     def state_size(self) -> int:
         return self.target_hidden_size or self.hidden_size
+
+    @property
+    def has_own_embedding(self) -> bool:
+        """As the released head of Llama-3.3-70B has: the target's is too wide for it."""
+        return self.state_size != self.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,8 @@ class DraftHead(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         self.config = config
+        if config.has_own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         H, num_states = config.hidden_size, 1 if config.features == "final" else 3
         self.fc = nn.Linear(num_states * config.state_size, H, bias=False)
         self.midlayer = MixingLayer(config)
@@ -223,6 +231,12 @@ class DraftHead(nn.Module):
         return self.lm_head(self.norm(features))
 
 
+def embedding_of(head: nn.Module, target: Target) -> Tensor:
+    """(V, H) the target's word embedding, unless the head has one of its own."""
+    own = getattr(head, "embed_tokens", None)
+    return (own or target.model.get_input_embeddings()).weight
+
+
 def head_config(target: Target, draft_vocab_size: int, features: str | None = None) -> HeadConfig:
     """A head whose layer is shaped like one of the target's."""
     draft_vocab_size = min(draft_vocab_size, target.vocab_size)
@@ -237,7 +251,7 @@ class TrainingTimeTest:
 
     def __init__(self, head: DraftHead, target: Target, config: TrainingConfig):
         self.head, self.config, self.final_logits = head, config, target.final_logits
-        self.embedding = target.model.get_input_embeddings().weight
+        self.embedding = embedding_of(head, target)
         ids, bias = head.draft_token_ids(), target.head.bias
         self.teacher_weight = target.head.weight[ids]  # (Vd, H)
         self.teacher_bias = None if bias is None else bias[ids]
@@ -341,7 +355,7 @@ class Drafter:
     def __init__(self, head: nn.Module, target: Target, tree: TreeConfig | None = None):
         check_fits(head.config, target)
         self.head = head.to(target.device, target.dtype).eval().requires_grad_(False)
-        self.embedding = target.model.get_input_embeddings().weight
+        self.embedding = embedding_of(self.head, target)
         self.token_ids = head.draft_token_ids()
         self.tree = tree or TreeConfig()
         attention, mlp = head.layer.self_attn, head.layer.mlp
@@ -372,30 +386,42 @@ class Drafter:
         B, n = prompts.shape
         following = torch.cat([prompts[:, 1:], roots[:, None]], 1)
         following[torch.arange(B, device=roots.device), lengths - 1] = roots
-        self.roots, self.pending = roots, (following, self.head.read(scores), lengths)
+        self.roots, self.pending = roots, [(following, self.head.read(scores), lengths)]
         # rows in the draft cache, all from target features
         self.lengths = torch.zeros_like(lengths)
         self._allocate(B, n + 64)
 
     def observe(self, verdict: Verdict, scores: Scores) -> None:
-        """Queue the verified states; drafted rows, made from the head's own, are forgotten."""
+        """Queue the verified states; drafted rows, made from the head's own, are forgotten.
+
+        A round that another drafter drafted is observed alike, and `propose` left out.
+        """
         rows = torch.arange(len(verdict.path), device=verdict.path.device)[:, None]
         verified = self.head.read(scores)[rows, verdict.path.clamp_min(0)]
         self.roots = verdict.bonus
-        self.pending = (verdict.tokens.clamp_min(0), verified, verdict.num_accepted + 1)
+        self.pending.append((verdict.tokens.clamp_min(0), verified, verdict.num_accepted + 1))
 
     def select(self, rows: Tensor) -> None:
         self.roots, self.lengths = self.roots[rows], self.lengths[rows]
         self.cache = self.cache[:, rows]
-        self.pending = tuple(part[rows] for part in self.pending)
+        self.pending = [tuple(part[rows] for part in one) for one in self.pending]
 
     @torch.inference_mode()
     def propose(self) -> DraftTree:
         return self._grow(self._extend())
 
     def _extend(self) -> Tensor:
-        """Run the pending rows through the head, keep their keys; the last row's feature (B, H)."""
-        tokens, states, counts = self.pending
+        """Take in what is pending; the last row's feature (B, H).
+
+        Round by round, so that a head that sat out some draws the same bits as one that did not.
+        """
+        for rows in self.pending:
+            last = self._take_in(*rows)
+        self.pending = []
+        return last
+
+    def _take_in(self, tokens: Tensor, states: Tensor, counts: Tensor) -> Tensor:
+        """Run rows through the head and keep their keys; the last row's feature (B, H)."""
         num_rows, device = tokens.shape[1], tokens.device
         self._reserve(num_rows)
         positions = self.lengths[:, None] + torch.arange(num_rows, device=device)
@@ -411,8 +437,7 @@ class Drafter:
         self._reserve(self.tree.num_expanded)
         growth, features = Growth(self.roots), last[:, None]
         growth.branch(*self._children(features))
-        for level in range(self.tree.depth):
-            came_from = growth.descend(self.tree.choose(level, growth.candidates))
+        for level, came_from in growth.descents(self.tree):
             features = features.take_along_dim(came_from[:, :, None], 1)
             features = self._expand(growth.tokens, features, growth.ancestors, level)
             growth.branch(*self._children(features))
@@ -495,6 +520,8 @@ def load_head(folder: Path | str) -> tuple[DraftHead, TreeConfig]:
     if "draft_vocab_size" in config and "d2t" not in tensors and hasattr(head, "d2t"):
         raise ValueError(f"checkpoint {folder} drafts over a reduced vocabulary but has no d2t")
     checkpoints.load_strictly(head, tensors)
+    if hasattr(head, "d2t"):
+        checkpoints.require_one_vocabulary(head.d2t, head.t2d, folder)
     return head, TreeConfig(**config.get("specrepro_tree", {}))
 
 
@@ -518,11 +545,14 @@ def read_config(
 ) -> LayerConfig:
     """A head's sizes from a released config.json; what it leaves out is as in the released code."""
     names = {field.name for field in fields(kind)}
+    checkpoints.require_plain(config, names, folder)
     known = {name: value for name, value in config.items() if name in names}
-    required = [field.name for field in fields(kind) if field.default is MISSING]
-    if missing := [name for name in required if name not in known and name != "head_dim"]:
+    derived = {"head_dim", "num_key_value_heads"}
+    required = {field.name for field in fields(kind) if field.default is MISSING} - derived
+    if missing := sorted(required - known.keys()):
         raise ValueError(f"config.json of checkpoint {folder} lacks {', '.join(missing)}")
     known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
+    known.setdefault("num_key_value_heads", known["num_attention_heads"])
     return kind(**known)
 
 
@@ -602,39 +632,6 @@ def drafters(
         return Drafter(head, target, chain_like(own))
 
     return {"EAGLE-3": dynamic, "EAGLE-3 chain": chain}
-
-
-def controls(checkpoint: Path | str = CHECKPOINT) -> dict[str, Callable[[Target], Drafter]]:
-    """A head of the checkpoint's shape that has learnt nothing: it must be as lossless."""
-
-    def untrained(target: Target) -> Drafter:
-        head, own = load_head(checkpoint)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for weight in head.parameters():
-                weight.data = torch.randn_like(weight) / weight.shape[-1] ** 0.5
-        return Drafter(head, target, own)
-
-    return {"EAGLE-3, random weights": untrained}
-
-
-def sweep(
-    checkpoint: Path | str, target: Target, depths: Sequence[int], sizes: Sequence[int]
-) -> dict[str, tuple]:
-    """Drafters over a grid of depth and tree size, each with the columns that its rows carry."""
-    grid = [TreeConfig(depth, 8, size) for depth in depths for size in sizes]
-    return {
-        f"EAGLE-3, depth {tree.depth}, {tree.total_tokens} nodes": (
-            Drafter.load(checkpoint, target, tree),
-            {
-                "method": "EAGLE-3",
-                "draft_depth": tree.depth,
-                "total_tokens": tree.total_tokens,
-                "top_k": tree.top_k,
-            },
-        )
-        for tree in grid
-    }
 
 
 DRAFTERS = drafters()

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from specrepro import checkpoints, corpus, draft_training, prompts
 from specrepro.decoding import Drafter, decode
-from specrepro.target_model import EMBEDDED, Target
+from specrepro.packed_linear import unpack
+from specrepro.target_model import EMBEDDED, Target, choose_dtype
 from specrepro.target_model import load as load_target
 
 COMMITTED = Path(__file__).parent.parent / "checkpoints"
@@ -198,8 +199,16 @@ def _card(
         "held_out_tau": round(draft_training.best_score(work), 3),
         "held_out_tau_by_step": draft_training.scores(work),
         "held_out_prompts": num_questions,
-        "command": " ".join(["python", "-m", f"specrepro.{recipe.method.name}", *sys.argv[1:]]),
+        "command": _command(recipe.method.name),
     }
+
+
+def _command(name: str) -> str:
+    """The module that was started, with its arguments; the method's own where that is not ours."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_ours = spec is not None and spec.name.startswith("specrepro.")
+    module = spec.name if is_ours else f"specrepro.{name}"
+    return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
 def held_out_questions(target: Target, num_prompts: int = 12) -> list[list[int]]:
@@ -271,6 +280,7 @@ def variant(
     share: float = 1.0,
     epochs: float = 1.0,
     num_answers: int | None = None,
+    evaluations: int = 1,
 ) -> Path:
     """A checkpoint of the method with some `settings` changed, for comparison with others alike.
 
@@ -281,7 +291,7 @@ def variant(
     total = len(corpus.FeatureCache(features, target.hidden_size, num_answers))
     return make_checkpoint(
         recipe, target, features, work / "training", work / "checkpoint",
-        num_answers=max(1, round(share * total)), evaluations=1, resume=True,
+        num_answers=max(1, round(share * total)), evaluations=evaluations, resume=True,
     )  # fmt: skip
 
 
@@ -301,6 +311,24 @@ def with_setting(config: Any, name: str, value: object) -> Any:
     return replace(config, **{first: inner})
 
 
+def load_sharded(name: str, dtype: str = "auto") -> Target:
+    """The target with its decoder layers spread over all processes (`draft_training.shard`).
+
+    Every process reads the whole model into its main memory first.
+    """
+    if draft_training.join_processes()[1] == 1:
+        raise ValueError(
+            "a target is spread over processes: start several with torchrun --nproc-per-node N"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = load_target(name, choose_dtype(dtype, device.type), "cpu")
+    unpack(target.model)  # copies of the weights, which would stay whole
+    draft_training.shard(target.decoder.layers, device.type)
+    target.model.to(device)
+    target.device, target.stop_ids = device, target.stop_ids.to(device)
+    return target
+
+
 def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.<paper> <corpus> <destination>`, alone or under torchrun."""
     parser = argparse.ArgumentParser(
@@ -311,6 +339,8 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("destination", type=Path, help="where the checkpoint goes")
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
+    parser.add_argument("--shard-target", action="store_true",
+                        help="under torchrun: spread its layers over the devices")  # fmt: skip
     parser.add_argument(
         "--work", type=Path, help="training state and log; runs/<paper> if left out"
     )
@@ -327,7 +357,8 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    target = load_target(options.target)
+    draft_training.join_processes()
+    target = (load_sharded if options.shard_target else load_target)(options.target)
     settings = (setting.partition("=") for setting in options.set)
     settings = {name: yaml.safe_load(value) for name, _, value in settings}
     recipe = changed(Recipe.of(method, target), settings)

@@ -778,7 +778,9 @@ def test_projections_are_joined_for_drafting_and_the_head_stays_as_it_was(target
     attention, mlp = head.midlayer.self_attn, head.midlayer.mlp
     parts = attention.q_proj, attention.k_proj, attention.v_proj
     assert torch.equal(drafter.qkv.weight, torch.cat([part.weight for part in parts]))
-    assert torch.equal(drafter.gate_up.weight, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    assert torch.equal(
+        drafter.gate_up.weight, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    )
 
 
 def test_config_says_nothing_that_released_ones_do_not(target, tmp_path):
@@ -859,17 +861,6 @@ def test_what_is_saved_drafts_the_same_and_keeps_its_tree(target, tmp_path):
     assert torch.equal(loaded.d2t, head.d2t)
     assert torch.equal(loaded.fc.weight, head.fc.weight.bfloat16().float())
     assert Drafter.load(tmp_path, target).tree == tree
-
-
-def test_the_control_has_the_shape_of_the_head_and_none_of_its_weights(target, tmp_path):
-    eagle3.save_head(make_head(target), tmp_path, TreeConfig(2, 5, 11))
-    ours, theirs = Drafter.load(tmp_path, target), eagle3.controls(tmp_path)
-    (control,) = (load(target) for load in theirs.values())
-    again = theirs["EAGLE-3, random weights"](target)
-    assert control.tree == ours.tree and torch.equal(control.token_ids, ours.token_ids)
-    assert torch.equal(control.head.fc.weight, again.head.fc.weight)
-    pairs = zip(control.head.parameters(), ours.head.parameters(), strict=True)
-    assert not any(torch.equal(mine, learnt) for mine, learnt in pairs)
 
 
 def test_loaders_draft_a_tree_and_a_chain_of_the_same_head(target, tmp_path):
