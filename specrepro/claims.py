@@ -47,9 +47,12 @@ CLAIMS_FOLDER = Path(__file__).resolve().parents[1] / "claims"
 
 _FILE_KEYS = {"paper", "title", "arxiv", "models", "reported", "claims"}
 _TABLE_KEYS = {"table", "keys", "along", "heads", "cells", "rows"}
-_OPTIONAL_TABLE_KEYS = {"quantity", "setting", "by", "approximate", "note"}
+_OPTIONAL_TABLE_KEYS = {"quantity", "setting", "by", "approximate", "note", "grade"}
 _ALWAYS = {"id", "kind", "statement", "where", "metric", "setting", "tier_needed"}
-_SOMETIMES = {"quote", "model", "reported", "untested_why"}
+_SOMETIMES = {"quote", "model", "reported", "untested_why", "grade"}
+# how what the paper says was read: in the paper itself, in transcriptions of it, in a summary; or
+# derived here from what was read
+GRADES = ("A", "B", "C", "D")
 _REQUIRED_BY_KIND = {
     "value": {"reported", "tolerance"},
     "ordering": {"versus"},
@@ -81,6 +84,7 @@ class Claim:
     along: str | None = None  # the column a table or a trend runs along
     tolerance: float | None = None  # relative, fixed before measuring
     untested_why: str | None = None  # said when no row matches
+    grade: str = "A"  # one of GRADES
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,7 @@ def _check_claim(entry: Any, models: dict[str, str], place: str) -> None:
     _check_choice(entry, "tier_needed", TIERS, place)
     _check_choice(entry, "direction", _DIRECTIONS.get(entry["kind"], ()), place)
     _check_choice(entry, "model", tuple(models), place)
+    _check_choice(entry, "grade", GRADES, place)
 
 
 def _check_choice(entry: dict[str, Any], key: str, choices: tuple[str, ...], place: str) -> None:
@@ -195,8 +200,10 @@ def _fetch_reported(
     claim: Claim, tables: pd.DataFrame, place: str
 ) -> float | dict[Any, float] | None:
     """The number, or the table along `along`, that a claim's `reported: <table>` refers to."""
+    # the table says which cells are meant; what is measured against them may go by another quantity
     table = tables[tables["table"] == claim.reported]
-    here = claim.setting | ({"model": claim.model} if claim.model else {})
+    here = claim.setting | {"quantity": table["quantity"].unique().tolist()}
+    here |= {"model": claim.model} if claim.model else {}
     found = _matching(table, _only_known(here, table)).dropna(subset=[claim.metric])
     if claim.kind == "ordering":
         there = _matching(table, _only_known(here | claim.versus, table))
@@ -237,6 +244,8 @@ def _cells_of(table: Any, path: Path) -> list[dict[str, Any]]:
     _check_keys(table, _TABLE_KEYS, _TABLE_KEYS | _OPTIONAL_TABLE_KEYS, place)
     common = {"table": table["table"], "quantity": table.get("quantity", "decode")}
     common |= {"by": table.get("by", "authors"), "approximate": table.get("approximate", False)}
+    common |= {"grade": table.get("grade", "A")}
+    _check_choice(common, "grade", GRADES, place)
     cells = []
     for line in table["rows"]:
         if len(line) != len(table["keys"]) + len(table["heads"]):

@@ -72,12 +72,25 @@ class Record:
     drafted: list[int] = field(default_factory=list)  # nodes per round, the root not counted
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # why nothing was decoded
+    # of one generation among several that answer the same question
+    paradigm: str = ""
+    session: str = ""  # the question's id: what a drafter remembers of it is forgotten afterwards
+    turn: int = 1
+    sample: int = 1
+    sources: list[str] = field(default_factory=list)  # of each round's draft, where it is known
+    forced: list[int] = field(default_factory=list)  # places of tokens that were not chosen
+    score: float | None = None  # of the answer, 1 where it is right; empty where nobody knows
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two records the same measurement."""
         place = (self.prompts, self.prompt_id, self.temperature, self.seed)
         return (self.method, *place, self.batch, self.repeat)
+
+    @property
+    def unit(self) -> str:
+        """What was measured independently of the rest: a session, or what was decoded together."""
+        return self.session or self.group
 
     @property
     def emitted(self) -> list[int]:
@@ -189,10 +202,11 @@ def compare(
     methods = {AUTOREGRESSIVE: Autoregressive()} | dict(methods)
     turns = _turns(list(methods), questions, batch, repeats)
     wanted = [record for turn in turns for record in turn.records(setting)]
-    held = _held(Path(path), wanted)
+    held = held_records(Path(path), wanted)
     left = [turn for turn in turns if any(r.key not in held for r in turn.records(setting))]
     decoders = _warm_decoders(target, methods, left, setting)
-    for turn in _with_progress(left, held, setting):
+    title = f"{setting.prompts}, T = {setting.temperature:g}"
+    for turn in with_progress(left, held, title):
         taken = _take(turn, decoders[turn.method], setting)
         missing = [record for record in taken if record.key not in held]
         append_record(path, *missing)
@@ -211,7 +225,7 @@ def _turns(
     return [_Turn(m, repeat, g) for g in groups for repeat in range(repeats) for m in methods]
 
 
-def _held(path: Path, wanted: list[Record]) -> dict[tuple[Any, ...], Record]:
+def held_records(path: Path, wanted: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
     """The records in the file that this call asks for, by key."""
     mine = {record.key: record for record in wanted}
     held = {record.key: record for record in read_records(path) if record.key in mine}
@@ -274,14 +288,15 @@ def _take(turn: _Turn, decoder: Decoder, setting: _Setting) -> list[Record]:
             record.error = f"{type(error).__name__}: {error}"
         return records
     for record, generation in zip(records, generations, strict=True):
-        _fill(record, generation, share=1 / len(records))
+        fill(record, generation, share=1 / len(records))
     return records
 
 
-def _fill(record: Record, generation: Generation, share: float) -> None:
+def fill(record: Record, generation: Generation, share: float = 1.0) -> None:
+    """Put what was decoded into a record; of a batch, `share` of its time."""
     record.tokens, record.new_tokens = generation.tokens, len(generation.tokens)
     record.accepted, record.drafted = generation.accepted, generation.drafted
-    record.target_passes = generation.num_passes
+    record.target_passes, record.forced = generation.num_passes, generation.forced
     record.seconds = generation.seconds * share
     record.prefill_seconds = generation.prefill_seconds * share
     parts = generation.seconds_by_part
@@ -289,11 +304,8 @@ def _fill(record: Record, generation: Generation, share: float) -> None:
     record.load = os.getloadavg()[0]
 
 
-def _with_progress(
-    left: list[_Turn], held: Mapping[Any, Record], setting: _Setting
-) -> Iterator[_Turn]:
-    """Yield the turns under a bar with the time left and each method's tau so far."""
-    title = f"{setting.prompts}, T = {setting.temperature:g}"
+def with_progress(left: list[Any], held: Mapping[Any, Record], title: str) -> Iterator[Any]:
+    """Yield what is left to take under a bar with the time left and each method's tau so far."""
     is_warned = False
     with tqdm(left, desc=title, unit="run", disable=not left) as bar:
         for turn in bar:

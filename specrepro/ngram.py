@@ -25,8 +25,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -181,7 +183,8 @@ class TextDrafter:
         return [reader.draft() for reader in self.readers]
 
     def propose(self) -> DraftTree:
-        self.drafted = self.drafts()  # for records and hybrids
+        self.drafted = self.drafts()
+        self.sources = [draft.source for draft in self.drafted]  # for records
         return stack(self.drafted, self.device)
 
     def observe(self, verdict: Verdict, scores: Scores) -> None:
@@ -197,21 +200,39 @@ class TextDrafter:
         self.unread = [self.unread[i] for i in rows.tolist()]
 
 
-def replay(prompt: Sequence[int], answer: Sequence[int], drafter: TextDrafter) -> list[int]:
+def replay(
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    drafter: TextDrafter,
+    forced: Collection[int] = (),
+    decide: Callable[[int, Draft, int], int] | None = None,
+) -> list[int]:
     """The accepted tokens of each round of greedy decoding, from the recorded ids of one answer.
 
     Equals `Generation.accepted` round by round, but for what the last round accepted beyond the
     end of the answer, which no record holds. A drafter that carries goes on from turn to turn.
+    `forced` are the places of tokens that the target did not choose: a round ends before each.
+    `decide` may accept another number of tokens than the draft at a place has right.
     """
     drafter.start([list(prompt)], [answer[0]])
     accepted, place = [], 1
     while place < len(answer):
         (draft,) = drafter.drafts()
-        accepted.append(draft.num_accepted(answer[place:]))
+        num_right = draft.num_accepted(chosen_from(place, answer, forced))
+        accepted.append(decide(place, draft, num_right) if decide else num_right)
         following = place + accepted[-1] + 1
         drafter.unread = [list(answer[place:following])]
         place = following
     return accepted
+
+
+def chosen_from(place: int, answer: Sequence[int], forced: Collection[int]) -> Sequence[int]:
+    """What a draft for `place` on may have right: with forced tokens ahead, not the last before.
+
+    The round that reaches them emits that one as its bonus.
+    """
+    end = min((p for p in forced if p >= place), default=None)
+    return answer[place:] if end is None else answer[place : max(end - 1, place)]
 
 
 # --- prompt lookup decoding
@@ -323,46 +344,62 @@ class StaticTexts:
 
 
 class SamReader:
-    """The automaton of a sequence's own text, and its place in the static one."""
+    """The automaton of a sequence's own text, or of all texts, and its place in the static one."""
 
-    def __init__(self, config: SamConfig, store: StaticTexts | None):
-        self.config, self.store = config, store
-        self.own, self.static = SuffixAutomaton(), (0, 0)
+    def __init__(
+        self, config: SamConfig, store: StaticTexts | None, shared: SuffixAutomaton | None = None
+    ):
+        self.config, self.store, self.is_shared = config, store, shared is not None
+        self.own, self.place = shared if self.is_shared else SuffixAutomaton(), 0
+        self.static = 0, 0
 
     def begin(self, prompt: list[int]) -> None:
         self.static = 0, 0
+        if self.is_shared:
+            self.place = self.own.new_text()
         self.read(prompt)
 
     def read(self, tokens: list[int]) -> None:
         for token in tokens:
-            self.own.append(token)
+            self.own.append(token, self.place)
             if self.store is not None:
                 self.static = self.store.automaton.follow(*self.static, token)
 
     @property
+    def match(self) -> tuple[int, int]:
+        """State and length of the longest suffix that was there before and that something followed.
+
+        What another sequence has only just said, nothing has followed yet.
+        """
+        state = self.own.ancestor(self.own.match_of(self.place)[0], 1)
+        return state, self.own.length[state]
+
+    @property
     def match_length(self) -> int:
         """Tokens of the best match, a static one counting `length_bias` less."""
-        return max(self.own.match[1], self.static[1] - self.config.length_bias)
+        return max(self.match[1], self.static[1] - self.config.length_bias)
 
     def draft(self) -> Draft:
-        own_state, own_length = self.own.match
+        own_state, own_length = self.match
         static_state, static_length = self.static
         if static_length > own_length + self.config.length_bias:
             size, width = self._size(static_length), self.config.width
-            successors = self.store.successors
-            draft = grow(self.own.text[-1], static_state, successors, size, "static", width)
-            draft.score = static_length
+            draft = grow(self.root, static_state, self.store.successors, size, "static", width)
+            draft.score = static_length - self.config.length_bias
             return draft
         return self._copy(own_state, own_length)
+
+    @property
+    def root(self) -> int:
+        return self.own.texts[self.place][-1]
 
     def _copy(self, state: int, length: int) -> Draft:
         num_tokens = self._size(length) - 1
         if self.config.fills:
             num_tokens = self.config.max_nodes - 1
             state = self.own.ancestor(state, num_tokens) or state
-        text, end = self.own.text, self.own.end[state]
-        copied = text[end : end + num_tokens] if state else []
-        return Draft.chain([text[-1], *copied], length, "own")
+        copied = self.own.following(state, num_tokens) if state else []
+        return Draft.chain([self.root, *copied], length, "own")
 
     def _size(self, length: int) -> int:
         return min(self.config.max_nodes, 1 + int(self.config.alpha * length))
@@ -372,7 +409,8 @@ class Sam(TextDrafter):
     """SAM-Decoding: copy what followed the longest suffix that was there before.
 
     With `store`, a longer match in a collection gives a tree instead of the copy. What is carried:
-    the automaton of the own text, a new prompt being appended to the turns before.
+    the automaton of the own text, a new prompt being appended to the turns before. With `shares`,
+    one automaton holds the texts of all sequences, which copy from each other.
     Departs: the root is already part of the text, so a copy may reach one token further; a filled
     draft (`fills`) is not padded with token 0, and where no match fills it the longest is copied.
     """
@@ -382,9 +420,17 @@ class Sam(TextDrafter):
         config: SamConfig | None = None,
         store: StaticTexts | None = None,
         carries: bool = False,
+        shares: bool = False,
     ):
-        config = config or SamConfig()
-        super().__init__(lambda: SamReader(config, store), config.max_nodes, carries)
+        self.config, self.store, self.shares = config or SamConfig(), store, shares
+        super().__init__(self._new_reader, self.config.max_nodes, carries)
+
+    def reset(self) -> None:
+        super().reset()
+        self.shared = SuffixAutomaton() if self.shares else None
+
+    def _new_reader(self) -> SamReader:
+        return SamReader(self.config, self.store, self.shared)
 
 
 # --- SuffixDecoding (arXiv:2411.04975)
@@ -403,25 +449,37 @@ class SuffixConfig:
     max_texts: int = 10_000  # answers in the global tree when a call begins (vLLM)
 
 
-def draft_suffix(tree: SuffixTree, context: list[int], config: SuffixConfig, source: str) -> Draft:
+@cache
+def _budgets(config: SuffixConfig, max_depth: int) -> list[tuple[int, int]]:
+    """Tokens to draft behind a match, and its length: largest budgets first, then the longest."""
+    lengths = range(max_depth, 0, -1)
+    wanted = [int(config.alpha * length + config.offset + 1e-6) for length in lengths]
+    budgets = [min(config.max_tokens, *pair) for pair in zip(wanted, range(max_depth), strict=True)]
+    return sorted(zip(budgets, lengths, strict=True), key=itemgetter(0), reverse=True)
+
+
+def draft_suffix(
+    tree: SuffixTree,
+    context: list[int],
+    config: SuffixConfig,
+    source: str,
+    text: Text | None = None,
+) -> Draft:
     """The best-scored draft behind any matched suffix of `context`; the longest of equals.
 
     A draft scores at most its budget of tokens, so suffixes are tried from the largest budget on,
-    until none left can win.
+    until none left can win. `text` is one of the tree's that ends like `context`.
     """
     best, matched = Draft.root(context[-1]), 0
     context = context[-tree.max_depth :]
-
-    def budget(length: int) -> int:
-        wanted = int(config.alpha * length + config.offset + 1e-6)
-        return min(config.max_tokens, wanted, tree.max_depth - length)
-
-    lengths = range(tree.longest_continued(context), 0, -1)
-    for length in sorted(lengths, key=budget, reverse=True):
-        if budget(length) < best.score:
+    most = tree.longest_continued(context, text)
+    for budget, length in _budgets(config, tree.max_depth):
+        if budget < best.score:
             break
-        place = tree.find(context[len(context) - length :])
-        draft = _draft_at(place, best.tokens[0], budget(length), config, source)
+        if length > most:
+            continue
+        place = tree.place_of(context, length, text)
+        draft = _draft_at(place, best.tokens[0], budget, config, source)
         if (draft.score, length) > (best.score, matched):
             best, matched = draft, length
     return best
@@ -471,22 +529,20 @@ class SuffixReader:
 
     def begin(self, prompt: list[int]) -> None:
         self.local, self.text = SuffixTree(self.config.max_depth), Text()
-        for token in prompt:
-            self.local.append(self.text, token)
+        self.local.extend(self.text, prompt)
         self.answer = None if self.store is None else self.store.new_text()
 
     def read(self, tokens: list[int]) -> None:
-        for token in tokens:
-            self.local.append(self.text, token)
-            if self.store is not None:
-                self.store.tree.append(self.answer, token)
+        self.local.extend(self.text, tokens)
+        if self.store is not None:
+            self.store.tree.extend(self.answer, tokens)
 
     def draft(self) -> Draft:
         context = self.text.tokens
-        local = draft_suffix(self.local, context, self.config, "local")
+        local = draft_suffix(self.local, context, self.config, "local", self.text)
         if self.store is None:
             return local
-        stored = draft_suffix(self.store.tree, context, self.config, "global")
+        stored = draft_suffix(self.store.tree, context, self.config, "global", self.answer)
         return stored if stored.score > local.score else local
 
 

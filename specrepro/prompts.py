@@ -108,16 +108,30 @@ PROMPT_SETS = {
 HUB_SETS = {
     "chat": HubSet("HuggingFaceH4/mt_bench_prompts", None, "train", "prompt"),
     "humaneval": HubSet(
-        "openai/openai_humaneval", None, "test", "prompt", request=COMPLETE_THE_FUNCTION
+        "openai/openai_humaneval", None, "test", "prompt", request=COMPLETE_THE_FUNCTION,
+        revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
     ),
-    "maths": HubSet("openai/gsm8k", "main", "test", "question", answer="answer"),
-    "instruction": HubSet("tatsu-lab/alpaca", None, "train", "instruction"),
-    "summarisation": HubSet("abisee/cnn_dailymail", "3.0.0", "test", "article", request=SUMMARISE),
+    "maths": HubSet(
+        "openai/gsm8k", "main", "test", "question", answer="answer",
+        revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
+    ),
+    "instruction": HubSet(
+        "tatsu-lab/alpaca", None, "train", "instruction",
+        revision="dce01c9b08f87459cf36a430d809084718273017",
+    ),
+    "summarisation": HubSet(
+        "abisee/cnn_dailymail", "3.0.0", "test", "article", request=SUMMARISE,
+        revision="96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
+    ),
     "questions": HubSet("google-research-datasets/nq_open", None, "validation", "question"),
     "aime": HubSet("HuggingFaceH4/aime_2024", None, "train", "problem", answer="answer"),
+    "aime25": HubSet(
+        "math-ai/aime25", None, "test", "problem", answer="answer",
+        revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
+    ),
     "math500": HubSet("HuggingFaceH4/MATH-500", None, "test", "problem", answer="answer"),
     "gpqa": HubSet("Idavidrein/gpqa", "gpqa_diamond", "train", "Question", answer="Correct Answer"),
-}
+}  # fmt: skip
 
 
 def load(name: str, num_prompts: int, seed: int = 0) -> list[Prompt]:

@@ -64,7 +64,7 @@ def _levels(tree: Sequence[Sequence[int]], device: torch.device) -> list[tuple[T
 
 
 def top_ids(logits: Tensor, k: int, depth: int = 64) -> Tensor:
-    """The k best tokens (..., k) of logits (..., V), best first.
+    """The k best tokens (..., k) of logits (..., V), best first; `depth` is a multiple of 8.
 
     Tokens a fixed stride apart form `V // depth` groups, and the k with the highest maxima hold
     the best; `topk` over all tokens would take a CPU longer than the rest of the round.
@@ -72,8 +72,7 @@ def top_ids(logits: Tensor, k: int, depth: int = 64) -> Tensor:
     V, stride = logits.shape[-1], logits.shape[-1] // depth
     if stride <= k:
         return logits.float().topk(k, -1).indices
-    maxima = logits[..., : depth * stride].unflatten(-1, (depth, stride)).amax(-2)
-    groups = maxima.float().topk(k, -1).indices[..., None]
+    groups = _best_groups(logits[..., : depth * stride], k, stride)[..., None]
     inside = (groups + stride * torch.arange(depth, device=logits.device)).flatten(-2)
     beyond = torch.arange(depth * stride, V, device=logits.device)
     ids = torch.cat([inside, beyond.expand(*logits.shape[:-1], -1)], -1)
@@ -81,18 +80,45 @@ def top_ids(logits: Tensor, k: int, depth: int = 64) -> Tensor:
     return ids.gather(-1, places)
 
 
+def _best_groups(logits: Tensor, k: int, stride: int) -> Tensor:
+    """The k groups (..., k) of logits (..., depth * stride) with the highest maxima.
+
+    Read as whole numbers, the bits of two halves are ordered as the halves are, unless both are
+    negative: a CPU compares numbers in half the time, and where k maxima are positive none of the
+    others counts.
+    """
+    if logits.element_size() == 2 and logits.device.type == "cpu":
+        maxima = _maxima(logits.view(torch.int16), stride).view(logits.dtype)
+        best = maxima.float().topk(k, -1)
+        if (best.values > 0).all():
+            return best.indices
+    return _maxima(logits, stride).float().topk(k, -1).indices
+
+
+def _maxima(x: Tensor, stride: int) -> Tensor:
+    """(..., stride) maxima of elements that are multiples of `stride` apart, in two steps.
+
+    A CPU takes longer over one step, whose many rows do not fit its cache.
+    """
+    return x.unflatten(-1, (8, -1)).amax(-2).unflatten(-1, (-1, stride)).amax(-2)
+
+
 class TokenRecycling:
     """Token Recycling: the target's own second choices, kept after each token, make the next tree.
 
     What is carried: a matrix (V, 8) per sequence of the best ids that last followed each token, in
-    the order that the target gave them. The paper's is one matrix for all and never reset.
+    the order that the target gave them. The paper's is one matrix for all (`shares`) and never
+    reset.
     Departs: a token not seen yet has no candidates, where the reference drafts token 0. Where
     tokens repeat in a tree, the deepest on the accepted path is written, else the last node; the
-    reference leaves that to the order of the device's writes.
+    reference leaves that to the order of the device's writes. Of sequences that share, the last
+    goes first.
     """
 
-    def __init__(self, config: RecyclingConfig | None = None, carries: bool = False):
-        self.config, self.carries = config or RecyclingConfig(), carries
+    def __init__(
+        self, config: RecyclingConfig | None = None, carries: bool = False, shares: bool = False
+    ):
+        self.config, self.carries, self.shares = config or RecyclingConfig(), carries, shares
         self.max_nodes = 1 + sum(map(sum, self.config.tree))
         self.reset()
 
@@ -100,18 +126,28 @@ class TokenRecycling:
         """Forget what was learnt from earlier calls."""
         self.matrix: Tensor | None = None  # (B, V, k) int32, -1 where nothing is known
 
+    def state(self) -> dict[str, Tensor]:
+        """What `reset` would forget; later calls do not change it."""
+        return {} if self.matrix is None else {"matrix": self.matrix}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Know what was known when `state` was taken."""
+        self.matrix = state.get("matrix")
+
     def begin(self, prompts: Tensor, lengths: Tensor, roots: Tensor, scores: Scores) -> None:
         if not self.carries:
             self.reset()
         B, vocab_size = len(roots), scores.logits.shape[-1]
-        k = self.config.num_candidates
-        old = roots.new_empty(0, vocab_size, k) if self.matrix is None else self.matrix
-        new = roots.new_full((max(B - len(old), 0), vocab_size, k), -1)
+        k, num_matrices = self.config.num_candidates, 1 if self.shares else B
+        nothing = roots.new_empty(0, vocab_size, k)
+        old = nothing if self.matrix is None else self.matrix.to(roots.device)
+        new = roots.new_full((max(num_matrices - len(old), 0), vocab_size, k), -1)
         self.matrix = torch.cat([old, new]).int()
         self.levels = _levels(self.config.tree, roots.device)
-        self.roots, self.rows = roots, torch.arange(B, device=roots.device)
-        last = prompts.gather(1, lengths[:, None] - 1)
-        self.matrix[self.rows, last[:, 0]] = top_ids(scores.logits[:, 0], k).int()
+        rows = torch.arange(B, device=roots.device)
+        self.roots, self.rows = roots, torch.zeros_like(rows) if self.shares else rows
+        last = DraftTree.root_only(prompts.gather(1, lengths[:, None] - 1)[:, 0])
+        self._keep(last, torch.zeros_like(last.tokens), scores)
 
     def propose(self) -> DraftTree:
         tokens, parents = self.roots[:, None], torch.full_like(self.roots[:1], ROOT)
@@ -124,18 +160,24 @@ class TokenRecycling:
         return self.tree
 
     def observe(self, verdict: Verdict, scores: Scores) -> None:
-        row, node = is_last_writer(self.tree, verdict.path).nonzero(as_tuple=True)
-        best = top_ids(scores.logits, self.config.num_candidates).int()
-        self.matrix[self.rows[row], self.tree.tokens[row, node]] = best[row, node]
+        self._keep(self.tree, verdict.path, scores)
         self.roots = verdict.bonus
 
     def select(self, rows: Tensor) -> None:
         self.roots, self.rows = self.roots[rows], self.rows[rows]
 
+    def _keep(self, tree: DraftTree, path: Tensor, scores: Scores) -> None:
+        """Write the best ids at each token's last writer."""
+        row, node = is_last_writer(tree, path, self.shares).nonzero(as_tuple=True)
+        best = top_ids(scores.logits, self.config.num_candidates).int()
+        self.matrix[self.rows[row], tree.tokens[row, node]] = best[row, node]
+
 
 def without_unknown(tokens: Tensor, parents: Tensor) -> DraftTree:
     """The tree of the nodes with a token, of (B, N) nodes of which some have -1; all below do."""
     is_node = tokens >= 0
+    if is_node.all():
+        return DraftTree(tokens, parents)
     order = (~is_node).int().argsort(dim=1, stable=True)[:, : int(is_node.sum(1).max())]
     new_ids = is_node.cumsum(1) - 1
     parents = parents.gather(1, order)
@@ -144,15 +186,21 @@ def without_unknown(tokens: Tensor, parents: Tensor) -> DraftTree:
     return DraftTree(tokens.gather(1, order).clamp_min(0), parents.where(is_kept, PADDING))
 
 
-def is_last_writer(tree: DraftTree, path: Tensor) -> Tensor:
-    """(B, N) bool: the one node of its token that counts, on the accepted path where one is."""
+def is_last_writer(tree: DraftTree, path: Tensor, shares: bool = False) -> Tensor:
+    """(B, N) bool: the one node of its token that counts, on the accepted path where one is.
+
+    With `shares`, of all rows' nodes together, the last row's going first.
+    """
     B, N = tree.tokens.shape
     order = torch.arange(N, device=path.device).repeat(B, 1)
     on_path = torch.zeros_like(tree.is_node).scatter(1, path.clamp_min(0), True)
-    order = order + N * on_path
-    same = (tree.tokens[:, :, None] == tree.tokens[:, None]) & tree.is_node[:, None]
+    order, tokens, is_node = order + N * on_path, tree.tokens, tree.is_node
+    if shares:
+        order = order + 2 * N * torch.arange(B, device=path.device)[:, None]
+        order, tokens, is_node = (x.reshape(1, -1) for x in (order, tokens, is_node))
+    same = (tokens[:, :, None] == tokens[:, None]) & is_node[:, None]
     last = torch.where(same, order[:, None], -1).amax(2)
-    return (order == last) & tree.is_node
+    return ((order == last) & is_node).view(B, N)
 
 
 # --- Lookahead decoding (arXiv:2402.02057)

@@ -164,7 +164,7 @@ def _failed_row(record: Record) -> dict[str, Any]:
 
 def _lines(records: Sequence[Record]) -> pd.DataFrame:
     """One line per prompt and method; a prompt of which every repeat failed has `is_ok` False."""
-    keys = [*SLICE, "method", "prompt_id", "group"]
+    keys = [*SLICE, "method", "prompt_id", "group", "question"]
     lines = pd.DataFrame([_line(record) for record in records])
     ok = lines[lines["is_ok"]]
     counted = ok.groupby(keys, sort=False).first()
@@ -178,7 +178,9 @@ def _line(record: Record) -> dict[str, Any]:
     """The countable part of a record."""
     drafted = [num for num, nodes in zip(record.emitted, record.drafted, strict=True) if nodes]
     is_ok = record.error is None
-    return {name: getattr(record, name) for name in (*SLICE, "method", "prompt_id", "group")} | {
+    return {name: getattr(record, name) for name in (*SLICE, "method", "prompt_id")} | {
+        "group": record.unit,
+        "question": record.session or record.prompt_id,
         "is_ok": is_ok,
         "new_tokens": record.new_tokens,
         "seconds": record.seconds,
@@ -292,7 +294,8 @@ def _counts(lines: pd.DataFrame, part: pd.DataFrame, method: str) -> dict[str, f
     num_asked = part.loc[part["method"] == method, "prompt_id"].nunique()
     sums = own[["new_tokens", "seconds", "target_passes"]].sum().to_dict() if len(own) else {}
     load = {"load": own["load"].max()}
-    return {"num_prompts": len(own), "num_failed": num_asked - len(own)} | sums | load
+    num_prompts = own["question"].nunique()
+    return {"num_prompts": num_prompts, "num_failed": num_asked - len(own)} | sums | load
 
 
 def _means(cases: list[_Measured]) -> list[_Measured]:
@@ -366,7 +369,7 @@ def acceptance_by_depth(records: Sequence[Record], levels: int | None = None) ->
     rows = []
     for named, mine in _by_method([r for r in _first_repeats(records) if any(r.drafted)]):
         num_levels = levels or max(1, max(max(r.accepted) for r in mine if r.accepted))
-        units = _by_unit([(r.group, _reached(r, num_levels)) for r in mine])
+        units = _by_unit([(r.unit, _reached(r, num_levels)) for r in mine])
         totals, draws = units.sum(0), bootstrap(units)
         for depth in range(1, num_levels + 1):
             offered, accepted = totals[depth - 1], totals[num_levels + depth - 1]
@@ -424,11 +427,12 @@ def _timed_rounds(records: list[Record], parts: list[str]) -> list[tuple[str, np
     for record in records:
         runs[record.group, record.repeat].append(record)
     timed = []
-    for (group, _), together in runs.items():
+    for together in runs.values():
         seconds = [sum(_part_seconds(r, part) or 0.0 for r in together) for part in parts]
         whole = sum(record.seconds - record.prefill_seconds for record in together)
         num_rounds = max(record.target_passes for record in together)
-        timed.append((group, np.array([num_rounds, *seconds, whole - sum(seconds)], float)))
+        sums = np.array([num_rounds, *seconds, whole - sum(seconds)], float)
+        timed.append((together[0].unit, sums))
     return timed
 
 

@@ -1,6 +1,6 @@
 """Indexes over token ids that answer: where has this ending been seen, and what followed?
 
-`SuffixAutomaton` holds one growing text and finds the longest ending that was there before, at
+`SuffixAutomaton` holds growing texts and finds the longest ending that was there before, at
 constant amortised cost a token. `SuffixTree` counts every short substring of many texts and takes
 texts out again. `SuffixArray` searches a fixed collection. All take memory linear in the tokens
 (the tree's times a constant that its depth bounds), and none knows of drafts or of a target.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,40 +26,63 @@ def longest(is_found: Callable[[int], bool], most: int) -> int:
 
 
 class SuffixAutomaton:
-    """The substrings of a growing text, those that end at the same places sharing a state.
+    """The substrings of growing texts, those that end at the same places sharing a state.
 
     Blumer et al. 1985, with the first end of each state. A state's row is its index in the lists:
-    at most two states a token. State 0 is the empty string.
+    at most two states a token. State 0 is the empty string. Text 0 is there from the start; further
+    ones may grow beside it, in any order.
     """
 
-    def __init__(self, text: Sequence[int] = ()):
-        self.text: list[int] = []
+    def __init__(self, text: Iterable[int] = ()):
+        self.texts: list[list[int]] = [[]]
         self.next: list[dict[int, int]] = [{}]
         self.link = [-1]  # the state of the longest suffix that also ends elsewhere
         self.length = [0]  # tokens of the state's longest string
-        self.end = [0]  # tokens up to where its strings end first: what followed is text[end:]
+        self.home = [0]  # the text in which its strings ended first
+        self.end = [0]  # tokens of that text up to there: what followed is text[end:]
         self.is_clone = [True]
-        self.last = 0  # the state of the whole text
+        self.last = [0]  # the state of each whole text
         for token in text:
             self.append(token)
 
     @property
-    def match(self) -> tuple[int, int]:
-        """State and length of the longest suffix of the text that ends earlier too.
+    def text(self) -> list[int]:
+        return self.texts[0]
 
-        That is where the suffix link of the whole text leads.
+    @property
+    def match(self) -> tuple[int, int]:
+        """`match_of` the first text."""
+        return self.match_of(0)
+
+    def match_of(self, place: int) -> tuple[int, int]:
+        """State and length of the longest suffix of a text that ended before, here or elsewhere.
+
+        Mostly that is where the suffix link of the whole text leads; the whole text itself where it
+        ended first in another.
         """
-        state = max(self.link[self.last], 0)
+        state = self.last[place]
+        if (self.home[state], self.end[state]) == (place, len(self.texts[place])):
+            state = max(self.link[state], 0)
         return state, self.length[state]
 
-    def append(self, token: int) -> None:
-        self.text.append(token)
-        new, state = self._add({}, len(self.text), len(self.text)), self.last
+    def new_text(self) -> int:
+        """The place of a further text, still empty."""
+        self.texts.append([])
+        self.last.append(0)
+        return len(self.texts) - 1
+
+    def append(self, token: int, place: int = 0) -> None:
+        text, state = self.texts[place], self.last[place]
+        text.append(token)
+        if token in self.next[state]:  # another text has gone on like this
+            self.last[place] = self._reached(state, token)
+            return
+        new = self._add({}, len(text), place, len(text))
         while state >= 0 and token not in self.next[state]:
             self.next[state][token] = new
             state = self.link[state]
         self.link[new] = 0 if state < 0 else self._reached(state, token)
-        self.last = new
+        self.last[place] = new
 
     def follow(self, state: int, length: int, token: int) -> tuple[int, int]:
         """The longest suffix of a matched string plus `token` that is in the text."""
@@ -72,9 +95,14 @@ class SuffixAutomaton:
 
     def ancestor(self, state: int, num_tokens: int) -> int:
         """The longest suffix of `state` that `num_tokens` have followed; 0 where there is none."""
-        while state and len(self.text) - self.end[state] < num_tokens:
+        while state and len(self.texts[self.home[state]]) - self.end[state] < num_tokens:
             state = self.link[state]
         return state
+
+    def following(self, state: int, most: int) -> list[int]:
+        """At most `most` tokens that followed the strings of a state where they ended first."""
+        end = self.end[state]
+        return self.texts[self.home[state]][end : end + most]
 
     def counts(self) -> list[int]:
         """How often the strings of each state occur."""
@@ -88,19 +116,21 @@ class SuffixAutomaton:
         target = self.next[state][token]
         if self.length[target] == self.length[state] + 1:
             return target
-        clone = self._add(
-            self.next[target].copy(), self.length[state] + 1, self.end[target], is_clone=True
-        )
+        first = self.home[target], self.end[target]
+        clone = self._add(self.next[target].copy(), self.length[state] + 1, *first, is_clone=True)
         self.link[clone], self.link[target] = self.link[target], clone
         while state >= 0 and self.next[state].get(token) == target:
             self.next[state][token] = clone
             state = self.link[state]
         return clone
 
-    def _add(self, following: dict[int, int], length: int, end: int, is_clone: bool = False) -> int:
+    def _add(
+        self, following: dict[int, int], length: int, home: int, end: int, is_clone: bool = False
+    ) -> int:
         self.next.append(following)
         self.link.append(0)
         self.length.append(length)
+        self.home.append(home)
         self.end.append(end)
         self.is_clone.append(is_clone)
         return len(self.link) - 1
@@ -163,19 +193,29 @@ class SuffixTree:
         self.root = Node([], 0, 0, count=0, parent=None)
 
     def append(self, text: Text, token: int) -> None:
-        """Every suffix of `text` that still grows gets `token` for its next one."""
-        tokens, ends = text.tokens, text.ends
-        tokens.append(token)
-        ends.append(self.root)
-        if len(ends) > self.max_depth:
-            del ends[0]
-        for place, node in enumerate(ends):
-            if node.count == 1:  # nothing else ends or passes here
-                node.length += 1
-                if node.text is not tokens:
-                    node.text, node.start = tokens, len(tokens) - node.length
+        """Let `text` go on with one token."""
+        self.extend(text, [token])
+
+    def extend(self, text: Text, tokens: Sequence[int]) -> None:
+        """Let `text` go on with `tokens`, which every suffix of it that still grows takes in.
+
+        A suffix takes in all of them at once: where a text goes round in a loop, each moves a
+        border in the tree, by one step a call instead of one a token.
+        """
+        stream, place, depth = text.tokens, len(text.tokens), self.max_depth
+        stream += tokens
+        stop, ends = len(stream), text.ends + [self.root] * len(tokens)
+        first = stop - len(ends)  # where the longest suffix starts
+        for i in range(max(0, place + 1 - depth - first), len(ends)):
+            node, start = ends[i], first + i
+            until = min(stop, start + depth)
+            if node.count == 1:  # a leaf: nothing else ends or passes here
+                node.length += until - place
+                if node.text is not stream:
+                    node.text, node.start = stream, until - node.length
             else:
-                ends[place] = self._advance(node, token, tokens)
+                ends[i] = self._advance(node, stream, max(place, start), until)
+        text.ends = ends[-depth:]
 
     def remove(self, text: Text) -> None:
         """Take out a text that will not grow any more: O(max_depth) a token."""
@@ -195,46 +235,69 @@ class SuffixTree:
             place += size
         return node, size
 
-    def longest_continued(self, context: list[int]) -> int:
-        """Tokens of the longest suffix of `context` that something has followed."""
+    def longest_continued(self, context: list[int], text: Text | None = None) -> int:
+        """Tokens of the longest suffix of `context` that something has followed.
+
+        `text` is one of the tree's that ends like `context`: no search where its suffixes end.
+        """
 
         def is_continued(length: int) -> bool:
-            found = self.find(context[len(context) - length :])
+            found = self.place_of(context, length, text)
             return found is not None and (found[1] < found[0].length or bool(found[0].children))
 
         return longest(is_continued, min(self.max_depth - 1, len(context)))
 
-    def _advance(self, node: Node, token: int, tokens: list[int]) -> Node:
-        """Where a suffix that ended at `node` ends now that `token` has followed."""
-        child = node.children.get(token)
-        if child is None:
-            child = node.children[token] = Node(tokens, len(tokens) - 1, 1, 0, node)
-        elif child.count + 1 == node.count:
-            return self._slide(node, child, tokens)
-        elif child.length > 1:
-            child = self._split(child)
-        child.count += 1
-        node.note_gain(token)
-        return child
+    def place_of(
+        self, context: list[int], length: int, text: Text | None = None
+    ) -> tuple[Node, int] | None:
+        """`find` of the last `length` tokens of `context`; of `text`'s own without a search."""
+        if text is not None and length <= len(text.ends):
+            node = text.ends[-length]
+            return node, node.length
+        return self.find(context[len(context) - length :])
 
-    def _slide(self, node: Node, child: Node, tokens: list[int]) -> Node:
-        """Move the border between a node and its only child: all that came here goes on."""
-        if child.length == 1:
+    def _advance(self, node: Node, stream: list[int], place: int, until: int) -> Node:
+        """Where a suffix that ended at `node` ends when stream[place:until] has followed."""
+        while place < until:
+            token = stream[place]
+            child = node.children.get(token)
+            if child is None:
+                child = node.children[token] = Node(stream, place, until - place, 1, node)
+                node.note_gain(token)
+                return child
+            step = _num_shared(child, stream, place, until)
+            place += step
+            if child.count + 1 == node.count:
+                node = self._slide(node, child, stream, place, step)
+                continue
+            if step < child.length:
+                child = self._split(child, step)
             child.count += 1
-            _fuse(node, child, tokens, len(tokens) - node.length - 1)
+            node.note_gain(token)
+            node = child
+        return node
+
+    def _slide(self, node: Node, child: Node, stream: list[int], place: int, step: int) -> Node:
+        """Move the border between a node and its only child: all that came here goes on.
+
+        By `step` tokens, up to stream[place].
+        """
+        if child.length == step:
+            child.count += 1
+            _fuse(node, child, stream, place - node.length - step)
             return child
-        node.length += 1
-        node.text, node.start = tokens, len(tokens) - node.length
-        child.start += 1
-        child.length -= 1
+        node.length += step
+        node.text, node.start = stream, place - node.length
+        child.start += step
+        child.length -= step
         node.children, node.best = {child.text[child.start]: child}, None
         return node
 
-    def _split(self, child: Node) -> Node:
-        """A new node behind the first token of the edge to `child`."""
-        upper = Node(child.text, child.start, 1, child.count, child.parent)
+    def _split(self, child: Node, length: int) -> Node:
+        """A new node behind the first `length` tokens of the edge to `child`."""
+        upper = Node(child.text, child.start, length, child.count, child.parent)
         child.parent.children[child.first] = upper
-        child.start, child.length, child.parent = child.start + 1, child.length - 1, upper
+        child.start, child.length, child.parent = child.start + length, child.length - length, upper
         upper.children[child.first] = child
         return upper
 
@@ -255,6 +318,15 @@ class SuffixTree:
                 (child,) = node.children.values()
                 if child.count == node.count:
                     _fuse(node, child, node.edge + child.edge, 0)
+
+
+def _num_shared(node: Node, stream: list[int], place: int, until: int) -> int:
+    """Tokens that the edge to `node` has in common with stream[place:until]; the first is one."""
+    most = min(node.length, until - place)
+    edge = node.text[node.start : node.start + most]
+    if most == 1 or edge == stream[place : place + most]:
+        return most
+    return next(i for i, token in enumerate(edge) if token != stream[place + i])
 
 
 def _fuse(node: Node, child: Node, text: list[int], start: int) -> None:

@@ -171,6 +171,50 @@ def test_a_smaller_tree_is_a_matter_of_configuration() -> None:
         RecyclingConfig(2, ((3,),))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positive", [0, 3, 7, 8, 40])
+def test_the_best_ids_do_not_depend_on_their_sign(positive: int, dtype: torch.dtype) -> None:
+    """Bits of halves are ordered as the halves are only while enough of them are positive."""
+    generator = torch.Generator().manual_seed(positive)
+    logits = -torch.rand(6, 1000, generator=generator).add(0.1).mul(50)
+    places = torch.stack([torch.randperm(1000, generator=generator)[:positive] for _ in logits])
+    logits.scatter_(1, places, torch.rand(6, positive, generator=generator) * 9 + 1)
+    logits = logits.to(dtype)
+    ids = top_ids(logits, 8)
+    assert torch.equal(logits.gather(-1, ids), logits.topk(8, -1).values)
+
+
+def test_sequences_that_share_write_one_matrix_and_the_last_goes_first() -> None:
+    drafter, first = begun(TokenRecycling(shares=True), [[3, 4, 5], [6, 7, 5], [1, 2, 9]])
+    assert drafter.matrix.shape == (1, VOCAB_SIZE, 8)
+    expected = {5: first[1, 0], 9: first[2, 0]}
+    rng, num_contested = torch.Generator().manual_seed(1), 0
+    for _ in range(6):
+        tree, scores, verdict = played_round(drafter, rng)
+        for row, winners in enumerate(last_writers(tree, verdict.path)):
+            for node in winners:
+                token = int(tree.tokens[row, node])
+                num_contested += row > 0 and token in expected
+                expected[token] = scores.logits[row, node]
+    for token, logits in expected.items():
+        assert drafter.matrix[0, token].tolist() == logits.topk(8).indices.tolist()
+    assert (drafter.matrix[0] >= 0).any(1).sum() == len(expected)
+    assert num_contested > 20
+
+
+def test_what_was_learnt_can_be_put_back() -> None:
+    drafter, _ = begun(TokenRecycling(carries=True), [[3, 4, 5]])
+    assert drafter.state().keys() == {"matrix"}
+    before, kept = drafter.state(), drafter.matrix.clone()
+    begun(drafter, [[3, 4, 6]], seed=3)
+    played_round(drafter, torch.Generator().manual_seed(1))
+    assert torch.equal(before["matrix"], kept), "a later call changed it"
+    drafter.restore(before)
+    assert torch.equal(drafter.matrix, kept)
+    drafter.restore({})
+    assert drafter.matrix is None and drafter.state() == {}
+
+
 # --- Lookahead
 
 

@@ -283,3 +283,87 @@ def test_a_trie_forgets_the_prompt_and_what_came_once() -> None:
     assert set(trie.children) == {1, 4} and set(trie.children[1].children) == {3}
     trie.squeeze()
     assert set(trie.children) == {1} and trie.children[1].in_answers == 2
+
+
+# --- several texts, and many tokens at once
+
+
+def ends_elsewhere(texts: list[list[int]], place: int) -> int:
+    """Tokens of the longest suffix of a text that ends anywhere else, by trying all."""
+    text = texts[place]
+    for length in range(len(text), 0, -1):
+        for other, tokens in enumerate(texts):
+            ends = range(length, len(tokens) + (other != place))
+            if any(tokens[end - length : end] == text[-length:] for end in ends):
+                return length
+    return 0
+
+
+def test_texts_that_grow_side_by_side_find_each_other() -> None:
+    rng, num_foreign = random.Random(0), 0
+    for _ in range(1_500):
+        automaton, texts = SuffixAutomaton(), [[]]
+        for _ in range(rng.randint(1, 14)):
+            if rng.random() < 0.25:
+                assert automaton.new_text() == len(texts)
+                texts.append([])
+            place, token = rng.randrange(len(texts)), rng.randrange(3)
+            automaton.append(token, place)
+            texts[place].append(token)
+            state, length = automaton.match_of(place)
+            assert length == ends_elsewhere(texts, place), texts
+            home, end = automaton.home[state], automaton.end[state]
+            assert texts[home][end - length : end] == texts[place][-length:] or not length
+            followed = automaton.ancestor(state, 1)
+            assert not followed or automaton.following(followed, 2)
+            num_foreign += home != place and length > 1
+        assert automaton.texts == texts
+        assert len(automaton.next) <= 2 * sum(map(len, texts)) + 1
+    assert num_foreign > 500, "hardly a match was in another text"
+
+
+def grown(node: Node) -> tuple:
+    """Edges, counts, favourites and children in the order in which they came."""
+    children = [(token, grown(child)) for token, child in node.children.items()]
+    favourite = node.favourite().first if node.count and node.children else None
+    return node.edge, node.count, favourite, children
+
+
+@pytest.mark.parametrize("max_depth", [1, 2, 5, 20])
+def test_tokens_taken_in_at_once_leave_the_tree_that_one_by_one_leaves(max_depth: int) -> None:
+    """Down to the order of children, which decides between equals when a tree is drafted."""
+    rng, num_long = random.Random(max_depth), 0
+    for _ in range(150):
+        trees, texts = (SuffixTree(max_depth), SuffixTree(max_depth)), ([], [])
+        vocab_size = rng.choice([1, 2, 3, 6])
+        for _ in range(rng.randint(1, 20)):
+            if not texts[0] or rng.random() < 0.15:
+                for own in texts:
+                    own.append(Text())
+            place = rng.randrange(len(texts[0]))
+            if rng.random() < 0.06:
+                for tree, own in zip(trees, texts, strict=True):
+                    tree.remove(own.pop(place))
+                continue
+            run = random_text(rng, 4, vocab_size) * rng.choice([1, 1, 3, 8])
+            trees[0].extend(texts[0][place], run)
+            for token in run:
+                trees[1].append(texts[1][place], token)
+            assert grown(trees[0].root) == grown(trees[1].root)
+            ends = [[node.edge for node in own[place].ends] for own in texts]
+            assert ends[0] == ends[1] and len(ends[0]) <= max_depth
+            num_long += len(run) > max_depth
+    assert num_long > 20 or max_depth == 20
+
+
+def test_a_suffix_is_placed_without_a_search_where_a_text_ends_in_it() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        tree, others = SuffixTree(6), [random_text(rng, 30, 2) for _ in range(2)]
+        for other in others:
+            add(tree, other)
+        text = add(tree, random_text(rng, 30, 2))
+        context = [0, 1, *text.tokens]
+        assert tree.longest_continued(context, text) == tree.longest_continued(context)
+        for length in range(1, min(6, len(context)) + 1):
+            assert tree.place_of(context, length, text) == tree.place_of(context, length)
