@@ -1,10 +1,10 @@
 """What a round would cost on a GPU that is not here: modelled floors, never measured.
 
 A pass reads every weight once and multiplies every token by it, whichever takes longer at the
-card's published peaks; attention is the tree kernel's own traffic (`tree_kernel`), layer by layer.
-Launches, synchronisation, norms, the choice of children and the walk are left out, so every number
-is a floor, and drafting, which is nearly all launches, is flattered most. Steps in a curve are
-those of the attention kernel's tiles.
+card's published peaks; attention is the tree kernel's own traffic (`kernel_traffic`), layer by
+layer. Launches, synchronisation, norms, the choice of children and the walk are left out, so every
+number is a floor, and drafting, which is nearly all launches, is flattered most. Steps in a curve
+are those of the attention kernel's tiles.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from specrepro import tree_kernel
+from specrepro import kernel_launch, kernel_traffic
 from specrepro.cost_table import CostTable
-from specrepro.tree_kernel import Card
+from specrepro.kernel_traffic import Card
 
 ITEM_BYTES = 2  # half precision
 # the paper's three cards and the H100; published memory rates and dense half-precision peaks
@@ -77,11 +77,11 @@ def pass_seconds(
     operations = 2 * weights * batch * num_tokens
     products = max(from_memory, operations / card.half_operations_per_second)
     heads = sizes.query_heads, sizes.kv_heads, sizes.head_size
-    geometry = tree_kernel.plan(
+    geometry = kernel_launch.plan(
         batch, num_tokens, *heads, context + num_tokens, ITEM_BYTES, card.architecture
     )
-    moved = tree_kernel.traffic(geometry, [context], num_tokens, *heads, ITEM_BYTES)
-    return products + num_layers * batch * tree_kernel.floor_seconds(card, moved)
+    moved = kernel_traffic.traffic(geometry, [context], num_tokens, *heads, ITEM_BYTES)
+    return products + num_layers * batch * kernel_traffic.floor_seconds(card, moved)
 
 
 def table(

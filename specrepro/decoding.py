@@ -20,16 +20,9 @@ import torch
 from torch import Tensor
 
 from specrepro.draft_tree import DraftTree
+from specrepro.races import race, race_lead, vocabulary_grid
 from specrepro.target_model import KVCache, Scores, Target, pad, reads_every_slot
-from specrepro.tree_verify import (
-    Verdict,
-    race,
-    race_lead,
-    takes_kernels,
-    verify_greedy,
-    verify_sample,
-    vocabulary_grid,
-)
+from specrepro.tree_verify import Verdict, takes_kernels, verify_greedy, verify_sample
 
 
 class Drafter(Protocol):

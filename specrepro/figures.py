@@ -624,25 +624,43 @@ def split_shares(starts: list[int], shares: np.ndarray, unit: str = "slot") -> F
     return figure
 
 
-def modelled_floors(rows: pd.DataFrame) -> Figure:
-    """The least time that one attention layer can take on each card, a line per way to attend.
+MODELLED = {  # columns of `kernel_report.roofline`, and what they say
+    "megabytes": "moved, partial\nresults too (MB)",
+    "gigaoperations": "operations (billions)",
+    "modelled_floor_us": "modelled floor (µs)",
+}
 
-    `rows` as from `kernel_report.roofline`: what the numbers say is modelled, never measured.
+
+def modelled_roofline(rows: pd.DataFrame) -> Figure:
+    """What one attention layer moves and computes, and the least time that it can take.
+
+    A column of panels for each card, a line for each way to attend. `rows` as from
+    `kernel_report.roofline`: what the numbers say is modelled, never measured.
     """
     _refuse_nothing("rows", rows)
     with style():
         cards = list(rows["card"].unique())
-        figure = _figure(1.2 + 2.4 * len(cards), 2.8)
-        panels = figure.subplots(1, len(cards), sharey=True, squeeze=False)[0]
-        for axes, card in zip(panels, cards, strict=True):
-            lines = rows[rows["card"] == card].groupby("attention", sort=False)
-            for (name, line), colour in zip(lines, PALETTE * 3, strict=False):
-                look = {"color": colour, "marker": "o", "markersize": 4, "label": name}
-                axes.plot(line["context"], line["modelled_floor_us"], **look)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(sorted(rows["context"].unique()), sorted(rows["context"].unique()))
+        figure = _figure(1.2 + 2.4 * len(cards), 1.0 + 1.8 * len(MODELLED))
+        panels = figure.subplots(
+            len(MODELLED), len(cards), sharex=True, sharey="row", squeeze=False
+        )
+        for row, (column, label) in zip(panels, MODELLED.items(), strict=True):
+            for axes, card in zip(row, cards, strict=True):
+                _lines_by_context(axes, rows[rows["card"] == card], column)
+            row[0].set_ylabel(label)
+        for axes, card in zip(panels[-1], cards, strict=True):
             axes.set_xlabel(f"cached tokens\n{card}")
-        panels[0].set_ylabel("modelled floor (µs)")
-        _legend(figure, panels[0].get_legend_handles_labels()[0], columns=2)
+        _legend(figure, panels[0, 0].get_legend_handles_labels()[0], columns=2)
     return figure
+
+
+def _lines_by_context(axes: Axes, rows: pd.DataFrame, column: str) -> None:
+    """A line for each way to attend, both axes logarithmic."""
+    contexts = sorted(rows["context"].unique())
+    lines = rows.groupby("attention", sort=False)
+    for (name, line), colour in zip(lines, PALETTE * 3, strict=False):
+        look = {"color": colour, "marker": "o", "markersize": 4, "label": name}
+        axes.plot(line["context"], line[column], **look)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(contexts, contexts)

@@ -6,7 +6,8 @@
 Compiling needs no GPU: Triton carries its own assembler, and its cuobjdump reads registers, stack
 (where spilled registers go) and shared memory from the result. `kernel_resources.csv` holds a row
 for every kernel, architecture, number format and head size, in the configuration a launch chooses;
-the attention kernel plain, with pages, and with pages, window and softcap, which needs the most.
+the attention kernel plain, with pages, and with pages, window and softcap, which needs the most;
+and plain for groups of heads that are no power of two.
 Nothing spills on sm_90 or gfx942; on sm_80 and sm_100 some rows keep up to 40 bytes on the stack.
 The roofline follows from the kernel's own loop bounds and published peaks: it is modelled, not
 measured. What is measured: `python -m specrepro.tree_kernel`.
@@ -28,8 +29,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specrepro import tree_kernel
-from specrepro.tree_verify import HEAD_SIZES, vocabulary_grid
+from specrepro import kernel_launch, kernel_traffic, tree_kernel
+from specrepro.races import vocabulary_grid
+from specrepro.verify_checks import HEAD_SIZES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,8 +43,10 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 NODES, QUERY_HEADS, KV_HEADS = 60, 32, 8  # a 60-node tree, Llama 8B's heads
 TREE_SIZES = (NODES, 30, 1)  # nodes of the trees whose tiles are compiled
 VOCABULARIES = (49_152, 128_256, 151_936)  # SmolLM2, Llama 3, Qwen 3
+PLAIN = {"PAGED": False, "HAS_WINDOW": False, "HAS_SOFTCAP": False}
+SEVENS = {"HKV": 4, "G": 7, "D": 128, "BLOCK_D": 128}  # Qwen2.5 7B's: no power of two
 VARIANTS = {  # of the attention kernel
-    "plain": {"PAGED": False, "HAS_WINDOW": False, "HAS_SOFTCAP": False},
+    "plain": PLAIN,
     "pages": {"PAGED": True, "HAS_WINDOW": False, "HAS_SOFTCAP": False},
     "pages, window, softcap": {"PAGED": True, "HAS_WINDOW": True, "HAS_SOFTCAP": True},
 }
@@ -98,40 +102,47 @@ def configurations(
                 shape = {"HKV": KV_HEADS, "G": QUERY_HEADS // KV_HEADS, "D": head_size}
                 shape |= {"BLOCK_D": triton.next_power_of_2(head_size)}
                 yield from attention(target, dtype, shape)
-                merge = shape | {"BLOCK_R": tree_kernel.MERGE_ROWS}
+                if head_size == SEVENS["D"]:
+                    yield from attention(target, dtype, SEVENS, {"groups of seven": PLAIN})
+                merge = shape | {"BLOCK_R": kernel_launch.MERGE_ROWS}
                 yield Configuration("merge_splits_kernel", target, dtype, "plain", merge)
 
 
 def walks(target: str) -> Iterator[Configuration]:
     shape = {"BLOCK_N": triton.next_power_of_2(NODES)}
-    options = {"num_warps": tree_kernel.VOCABULARY_WARPS}
+    options = {"num_warps": kernel_launch.VOCABULARY_WARPS}
     yield Configuration("greedy_walk_kernel", target, "fp32", "plain", shape)
     for vocabulary in VOCABULARIES:
         R, C = vocabulary_grid(vocabulary)
-        grid = shape | {"ROWS": tree_kernel.race_tile_rows(R, C), "C": C}
+        grid = shape | {"ROWS": kernel_launch.race_tile_rows(R, C), "C": C}
         variant = f"vocabulary {vocabulary}"
         yield Configuration("coupled_walk_kernel", target, "fp32", variant, grid, options)
     for mode, flags in MODES.items():
-        constants = shape | flags | {"BLOCK_V": tree_kernel.RESIDUAL_TILE}
+        constants = shape | flags | {"BLOCK_V": kernel_launch.RESIDUAL_TILE}
         yield Configuration("residual_walk_kernel", target, "fp32", mode, constants, options)
 
 
-def attention(target: str, dtype: str, shape: dict[str, int]) -> Iterator[Configuration]:
+def attention(
+    target: str,
+    dtype: str,
+    shape: dict[str, int],
+    variants: dict[str, dict[str, bool]] = VARIANTS,
+) -> Iterator[Configuration]:
     """One configuration for each variant, and each tile that some size of tree gets."""
     architecture, torch_dtype = TARGETS[target].arch, TORCH_DTYPES[dtype]
-    precision = tree_kernel.dot_precision(torch_dtype, architecture)
-    for variant, flags in VARIANTS.items():
+    precision = kernel_launch.dot_precision(torch_dtype, architecture)
+    for variant, flags in variants.items():
         is_plain = not (flags["HAS_WINDOW"] or flags["HAS_SOFTCAP"])
         of_a_size = (
-            tree_kernel.choose_tiles(
+            kernel_launch.choose_tiles(
                 nodes * shape["G"], shape["D"], torch_dtype.itemsize, architecture,
-                is_plain=is_plain,
+                is_plain=is_plain, group=shape["G"],
             )
             for nodes in TREE_SIZES
         )  # fmt: skip
         for tiles in dict.fromkeys(of_a_size):
             constants = shape | flags | {"BLOCK_M": tiles.rows, "BLOCK_S": tiles.slots}
-            constants |= {"BLOCK_T": tree_kernel.WORD_BITS, "PRECISION": precision}
+            constants |= {"BLOCK_T": kernel_launch.WORD_BITS, "PRECISION": precision}
             options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
             yield Configuration("tree_attention_kernel", target, dtype, variant, constants, options)
 
@@ -221,11 +232,11 @@ def roofline(
     given |= {"head_size": head_size, "dtype": dtype}
     shape = (nodes, query_heads, kv_heads, head_size, TORCH_DTYPES[dtype].itemsize)
     rows = []
-    for card in tree_kernel.CARDS:
+    for card in kernel_traffic.CARDS:
         for context in contexts:
-            least = tree_kernel.minimum_traffic([context] * batch, *shape)
+            least = kernel_traffic.minimum_traffic([context] * batch, *shape)
             for name, moved in _traffic_of_each(card.architecture, [context] * batch, shape):
-                floor = tree_kernel.floor_seconds(card, moved, shape[-1])
+                floor = kernel_traffic.floor_seconds(card, moved, shape[-1])
                 quantities = {
                     "kv_megabytes": moved.kv_bytes / 1e6,
                     "megabytes": moved.total_bytes / 1e6,
@@ -240,19 +251,19 @@ def roofline(
 
 def _traffic_of_each(
     architecture: int, lengths: list[int], shape: tuple[int, ...]
-) -> Iterator[tuple[str, tree_kernel.Traffic]]:
+) -> Iterator[tuple[str, kernel_traffic.Traffic]]:
     nodes, query_heads, kv_heads, head_size, itemsize = shape
     for packs_heads, behind in ((True, ""), (False, ", heads not packed")):
-        geometry = tree_kernel.plan(
+        geometry = kernel_launch.plan(
             len(lengths), nodes, query_heads, kv_heads if packs_heads else query_heads, head_size,
             max(lengths) + nodes, itemsize, architecture,
         )  # fmt: skip
         yield (
             f"tree kernel{behind}",
-            tree_kernel.traffic(geometry, lengths, *shape, packs_heads=packs_heads),
+            kernel_traffic.traffic(geometry, lengths, *shape, packs_heads=packs_heads),
         )
     for packs_heads, behind in ((True, ", heads packed"), (False, "")):
-        moved = tree_kernel.dense_mask_traffic(lengths, *shape, packs_heads=packs_heads)
+        moved = kernel_traffic.dense_mask_traffic(lengths, *shape, packs_heads=packs_heads)
         yield f"SDPA, dense mask{behind}", moved
 
 
@@ -267,7 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.report == "roofline":
         table = roofline()
-    elif tree_kernel.is_interpreted():
+    elif kernel_launch.is_interpreted():
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     else:
         chosen = configurations(options.targets, options.dtypes, options.head_sizes)

@@ -2,6 +2,8 @@
 
     python -m specrepro.tree_kernel [rows.csv]     on an idle machine: minutes
 
+Rows go to `figures/tree_verify/timings.csv` unless said otherwise.
+
 Three quantities, a row each: one layer of attention over a tree of 60 nodes, at the heads of an
 8B model, beside attention under a dense mask, `flex_attention` and, if installed, FlashInfer; a
 whole pass of a target over such a tree, behind 512 tokens, beside the same pass under a dense mask;
@@ -30,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
-from specrepro import target_model, tree_kernel
-from specrepro.decoding import Sampling, decode_autoregressively, judge
+from specrepro import kernel_launch, target_model
+from specrepro.decoding import Sampling, judge
 from specrepro.draft_tree import DraftTree
 from specrepro.measure import load_average_warning
+from specrepro.races import vocabulary_grid
 from specrepro.rows import environment, interval
 from specrepro.target_model import KVCache, Scores, Target
 from specrepro.tree_verify import (
@@ -41,7 +44,6 @@ from specrepro.tree_verify import (
     pack,
     store_tree,
     tree_attention,
-    vocabulary_grid,
 )
 
 NODES, QUERY_HEADS, KV_HEADS, HEAD_SIZE = 60, 32, 8, 128  # of one layer: Llama 8B's heads
@@ -50,6 +52,7 @@ DEPTH = 5  # drafted tokens that the timed walk accepts
 MOST_OF_DENSE, MOST_MILLISECONDS = 1.05, 2.0  # what a CPU has to keep to
 DENSE = "specrepro_dense"  # the attention of the pass beside ours
 NUM_RESAMPLES = 2000
+ROWS = Path("figures/tree_verify/timings.csv")
 
 Runs = dict[str, Callable[[], object]]
 
@@ -259,18 +262,14 @@ def _cached(target: Target, context: int, room: int) -> KVCache:
 
 
 def _verified(target: Target, context: int) -> tuple[KVCache, DraftTree, Scores]:
-    """A cache, a tree whose first nodes are a chain of what the target says, and its scores."""
-    rng = torch.Generator().manual_seed(0)
-    prompt = torch.randint(5, target.vocab_size, (context,), generator=rng).tolist()
-    said = decode_autoregressively(
-        target, prompt, max_new_tokens=DEPTH + 1, ignore_stop=True
-    ).tokens
-    tree = _bushy_tree(NODES, target.device)
+    """A cache, a tree whose first nodes are a chain, and scores that favour each step down it."""
+    cache, tree = _cached(target, context, NODES), _bushy_tree(NODES, target.device)
     chain = torch.arange(DEPTH + 1, device=target.device)
-    tree.tokens[0, chain] = torch.tensor(said, device=target.device)
     tree.parents[0, chain] = chain - 1
-    cache, _ = target.prefill([prompt], context + NODES)
-    return cache, tree, target.verify(cache, tree)
+    scores = target.verify(cache, tree)
+    scores.logits = scores.logits.clone()  # what inference mode made may not be written to
+    scores.logits[0, chain[:-1], tree.tokens[0, chain[1:]]] = 1e3
+    return cache, tree, scores
 
 
 def _times_that_win(tree: DraftTree, target: Target) -> Tensor:
@@ -286,7 +285,7 @@ def launches(contexts: Sequence[int] = CONTEXTS) -> pd.DataFrame:
     """What attention over the timed tree launches on an H100, whatever is here."""
     rows = []
     for context in contexts:
-        plan = tree_kernel.plan(
+        plan = kernel_launch.plan(
             1, NODES, QUERY_HEADS, KV_HEADS, HEAD_SIZE, context + NODES, itemsize=2
         )
         _, num_splits = plan.splits_of(context)
@@ -311,7 +310,7 @@ def timings(name: str, contexts: Sequence[int], turns: int) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="?", type=Path, default=Path("kernel_timings.csv"))
+    parser.add_argument("rows", nargs="?", type=Path, default=ROWS)
     parser.add_argument("--target", default=target_model.EMBEDDED)
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--turns", type=int, default=30)
@@ -322,6 +321,7 @@ def main() -> None:
     if warning := load_average_warning():
         print(f"warning: {warning}")
     table = timings(options.target, options.contexts, options.turns)
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.rows, index=False)
     print(table.drop(columns=list(environment_columns(table))).to_string(index=False))
     print(f"rows: {options.rows}")

@@ -34,13 +34,12 @@ from specrepro.tree_verify import (
     attention_mask,
     attention_takes_kernels,
     keep_accepted,
-    may_read_back,
     packed_attention,
-    refuse_lengths,
     store_tree,
     tree_attention,
 )
 from specrepro.tree_verify import pack as pack_tree
+from specrepro.verify_checks import may_read_back, refuse_lengths
 
 EMBEDDED = "smollm2"
 ATTENTION = "specrepro_tree"

@@ -6,40 +6,47 @@ finds the longest path the target would itself have produced (`verify_greedy`, `
 `keep_accepted` compacts the cache. Plain autoregressive decoding takes the same door with a tree of
 one node, so baseline and method share every line.
 
-Each operation has a reference in plain Python, a torch path for any device, and Triton kernels
-(`tree_kernel`). Backend
-"auto" takes the kernels on a GPU and torch elsewhere; "triton" on a CPU runs in Triton's
-interpreter, for tests and teaching, and needs TRITON_INTERPRET=1 before the first import.
+Each operation has a reference in plain Python (`verify_reference`), a torch path for any device,
+and Triton kernels (`tree_kernel`). Backend "auto" takes the kernels on a GPU and torch elsewhere;
+"triton" on a CPU runs in Triton's interpreter, for tests and teaching, and needs TRITON_INTERPRET=1
+before the first import.
 
 Randomness is an argument: the same uniforms or race times give the same verdict whichever backend
 walks the tree, up to the rounding of a sum. Lossy acceptance rules (typical acceptance, thresholds)
 are not offered.
 
-Bad input is a ValueError before anything is launched. What would have to be read back from a GPU
-(the tree, the lengths) is checked once a pass, where the tree is packed, and not while a CUDA graph
-is captured.
+Bad input is a ValueError before anything is launched (`verify_checks`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrepro import tree_kernel
+from specrepro import kernel_launch
 from specrepro.draft_tree import DraftTree
+from specrepro.races import draw, race, vocabulary_grid
+from specrepro.verify_checks import (
+    HEAD_SIZES,
+    capacity_of,
+    may_read_back,
+    refuse_lengths,
+    refuse_options,
+    refuse_pages,
+    refuse_path,
+    refuse_sampling,
+    refuse_shapes,
+    refuse_what_kernels_lack,
+)
 
 NO_NODE = -1  # pads paths and emitted tokens
 BACKENDS = ("auto", "triton", "torch")
-SAMPLING_MODES = ("coupled", "deterministic", "without_replacement", "with_replacement")
-HEAD_SIZES = (64, 80, 96, 128, 256)  # of the kernels; torch takes any
 LARGEST_BELOW_ONE = 1 - 2**-24  # float32
 _auto_backend: ContextVar[str] = ContextVar("auto_backend", default="auto")
 
@@ -108,65 +115,6 @@ def _within_window(depths: Tensor, cache_lengths: Tensor, num_slots: int, window
     return (cache_lengths[:, None] + depths)[:, :, None] - positions[:, None] < window
 
 
-def tree_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    tree: DraftTree,
-    *,
-    block_table: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What `tree_attention` means: row by row, a float64 softmax over the keys that it sees."""
-    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    group = q.shape[2] // k.shape[2]
-    for b, length in enumerate(cache_lengths.tolist()):
-        parents = tree.parents[b].tolist()
-        keys = torch.cat([_slots_of(k_cache, block_table, b)[:length], k[b]]).double()
-        values = torch.cat([_slots_of(v_cache, block_table, b)[:length], v[b]]).double()
-        for node in range(len(parents)):
-            seen = _seen_reference(parents, node, length, window)
-            if not seen:
-                continue
-            for head in range(q.shape[2]):
-                scores = keys[seen, head // group] @ q[b, node, head].double()
-                scores = scores * (scale or q.shape[-1] ** -0.5)
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                out[b, node, head] = scores.softmax(0) @ values[seen, head // group]
-                lse[b, node, head] = scores.logsumexp(0)
-    return (out, lse) if return_lse else out
-
-
-def _slots_of(cache: Tensor, block_table: Tensor | None, sequence: int) -> Tensor:
-    return (
-        cache[sequence]
-        if block_table is None
-        else cache[block_table[sequence].long()].flatten(0, 1)
-    )
-
-
-def _seen_reference(parents: list[int], node: int, length: int, window: int | None) -> list[int]:
-    """The slots that a node sees, behind a prefix of `length`: none for padding."""
-    if parents[node] < -1:
-        return []
-    path = [node]
-    while parents[path[-1]] >= 0:
-        path.append(parents[path[-1]])
-    positions = {slot: slot for slot in range(length)}
-    positions |= {length + one: length + depth for depth, one in enumerate(reversed(path))}
-    own = positions[length + node]
-    return [
-        slot for slot, position in positions.items() if window is None or own - position < window
-    ]
-
-
 def tree_attention(
     q: Tensor,  # (B, N, Hq, D)
     k: Tensor,  # (B, N, Hkv, D)  the tree's own keys
@@ -182,8 +130,7 @@ def tree_attention(
     softcap: float | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
-    mask: Tensor
-    | None = None,  # (B, N, slots) bool from `attention_mask`, shared by layers (torch)
+    mask: Tensor | None = None,  # (B, N, slots) from `attention_mask`, shared by layers (torch)
     packed: PackedTree | None = None,  # from `pack`, shared by layers (triton)
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -195,30 +142,22 @@ def tree_attention(
     the prefix are never read and may hold NaN, except by torch under a shared `mask`, whose rows
     then need a cache that was zeroed once.
     """
-    _refuse_shapes(q, k, v, k_cache, v_cache, cache_lengths, tree, block_table)
+    refuse_shapes(q, k, v, k_cache, v_cache, cache_lengths, tree, block_table)
+    refuse_options(window, softcap)
     takes_kernel = attention_takes_kernels(q, backend)
     if mask is None and packed is None and may_read_back(q):
         tree.validate(allow_duplicates=True)
-        refuse_lengths(cache_lengths, q.shape[1], _capacity(k_cache, block_table))
+        refuse_lengths(cache_lengths, q.shape[1], capacity_of(k_cache, block_table))
+        if block_table is not None:
+            refuse_pages(block_table, cache_lengths, q.shape[1], k_cache)
     if takes_kernel:
-        _refuse_what_kernels_lack(q)
+        refuse_what_kernels_lack(q)
         packed = packed or pack(tree)
-        out, lse = tree_kernel.attend(
-            q,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            cache_lengths,
-            packed.num_nodes,
-            packed.words,
-            packed.depths,
-            block_table,
-            scale=scale or q.shape[-1] ** -0.5,
-            window=window,
-            softcap=softcap,
-            deterministic=deterministic,
-        )
+        out, lse = kernel_launch.attend(
+            q, k, v, k_cache, v_cache, cache_lengths, packed.num_nodes, packed.words,
+            packed.depths, block_table, scale=scale or q.shape[-1] ** -0.5, window=window,
+            softcap=softcap, deterministic=deterministic,
+        )  # fmt: skip
         return (out, lse) if return_lse else out
     store_tree(k, v, k_cache, v_cache, cache_lengths, block_table)
     num_slots = int(cache_lengths.max()) + q.shape[1] if mask is None else mask.shape[-1]
@@ -335,16 +274,6 @@ def _log_sum_exp(
     return lse.view(B, Hkv, Hq // Hkv, N).permute(0, 3, 1, 2).reshape(B, N, Hq)
 
 
-def verify_greedy_reference(
-    tokens: Sequence[int], parents: Sequence[int], choice: Sequence[int]
-) -> list[int]:
-    """Follow the target's choice for as long as some child proposes it: the accepted node ids."""
-    path, node = [], 0
-    while matches := [c for c, p in enumerate(parents) if p == node and tokens[c] == choice[node]]:
-        path.append(node := matches[0])
-    return path
-
-
 def verify_greedy(
     tree: DraftTree,
     choice: Tensor | Callable[[Tensor], Tensor],  # (B, N)  the target's own token at each node
@@ -371,56 +300,8 @@ def verify_greedy(
         )
     if takes_kernel:
         trees = tree.tokens.contiguous(), tree.parents.contiguous()
-        return _verdict(tree_kernel.walk_greedily(*trees, choice.contiguous()))
+        return _verdict(kernel_launch.walk_greedily(*trees, choice.contiguous()))
     return _walk(tree, lambda nodes: choice.gather(1, nodes[:, None])[:, 0])
-
-
-def verify_sample_reference(
-    tokens: Sequence[int],
-    parents: Sequence[int],
-    target_probs: Sequence[Sequence[Real]],  # (N, V)
-    is_accepted: Callable[
-        [int, Real, Real], bool
-    ],  # node, numerator, denominator of the probability
-    draw_token: Callable[[int, Sequence[Real]], int],  # node, masses in proportion
-    *,
-    mode: str = "coupled",
-    draft_probs: Sequence[Sequence[Real]]
-    | None = None,  # (N, V) what each node's children were drawn from
-) -> tuple[list[int], list[int]]:
-    """The accepted node ids and the emitted tokens of one tree, whatever numbers the masses are
-    made of.
-
-    Chance is in the two functions: uniforms make it one walk, and a function that goes both ways
-    lists every outcome with its probability.
-    """
-    path, emitted, node = [], [], 0
-    if mode == "coupled":
-        while True:
-            emitted.append(draw_token(node, target_probs[node]))
-            matches = [c for c, p in enumerate(parents) if p == node and tokens[c] == emitted[-1]]
-            if not matches:
-                return path, emitted
-            path.append(node := matches[0])
-    left = list(target_probs[0])
-    offered = list(draft_probs[0]) if draft_probs is not None else []
-    for child in range(1, len(tokens)):
-        if parents[child] != node:
-            continue
-        token = tokens[child]
-        if mode == "deterministic":
-            offered = [int(other == token) for other in range(len(left))]
-        if is_accepted(child, left[token] * sum(offered), offered[token] * sum(left)):
-            path.append(node := child)
-            emitted.append(token)
-            left = list(target_probs[node])
-            offered = list(draft_probs[node]) if draft_probs is not None else []
-        else:
-            taken = [mass * sum(left) / sum(offered) for mass in offered]
-            left = [max(mass - other, 0) for mass, other in zip(left, taken, strict=True)]
-            if mode == "without_replacement":
-                offered[token] = 0
-    return path, [*emitted, draw_token(node, left if sum(left) > 0 else target_probs[node])]
 
 
 def verify_sample(
@@ -447,7 +328,7 @@ def verify_sample(
     replacement, siblings may repeat. All need a tree that does not depend on the randomness; the
     last two need `draft_probs` exactly as the children were drawn.
     """
-    _refuse_sampling(
+    refuse_sampling(
         tree, target_probs, uniforms, final_uniforms, mode, race_times, draft_probs, backend
     )
     takes_kernel = _takes_kernel(backend, tree.tokens)
@@ -473,14 +354,14 @@ def _sample_by_kernel(
     draws = [one.float().contiguous() for one in randomness]
     if mode == "coupled":
         grid = vocabulary_grid(probs.shape[-1])
-        return _verdict(tree_kernel.walk_coupled(*trees, probs, *draws, grid))
+        return _verdict(kernel_launch.walk_coupled(*trees, probs, *draws, grid))
     q = None if draft_probs is None else draft_probs.contiguous()
     return _verdict(
-        tree_kernel.walk_by_rejection(*trees, probs, q, *draws, mode == "with_replacement")
+        kernel_launch.walk_by_rejection(*trees, probs, q, *draws, mode == "with_replacement")
     )
 
 
-def _verdict(walk: tree_kernel.Walk) -> Verdict:
+def _verdict(walk: kernel_launch.Walk) -> Verdict:
     return Verdict(walk.path, walk.accepted, walk.emitted, walk.bonus)
 
 
@@ -553,64 +434,6 @@ def _walk_by_rejection(
     return Verdict(path[:, :P], num_accepted, emitted[:, :P], bonus)
 
 
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert each row's (B, V) cumulative distribution at its uniform; never draws zero mass."""
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    # the largest float below the total, so that rounding can never step past the last token with
-    # mass
-    threshold = torch.minimum(
-        uniforms[:, None].to(total) * total, torch.nextafter(total, torch.zeros_like(total))
-    )
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-
-
-def vocabulary_grid(vocab_size: int) -> tuple[int, int]:
-    """Rows R and columns C of the least-sided grid that holds a vocabulary, C a power of two."""
-    columns = 2 ** math.ceil(math.log2(max(vocab_size, 2)) / 2)
-    return -(-vocab_size // columns), columns
-
-
-def race(probs: Tensor, times: Tensor) -> Tensor:
-    """Draw a token from each row of `probs` (B, V), scaled or not: the first to arrive wins.
-
-    With independent standard exponentials E, argmin of E / p is distributed as p (the race that
-    Gumbel-max runs in logarithms). Two races, among the rows of the vocabulary's grid by their
-    masses and among the columns of the winner, need R + C `times` (B, R + C) in place of V. Unlike
-    an inverted cumulative distribution, which carries the rounding of every token's mass to every
-    draw, a race turns only where two arrivals nearly tie.
-    """
-    _, _, tokens = _arrivals(probs, times)
-    return tokens
-
-
-def race_lead(probs: Tensor, times: Tensor) -> Tensor:
-    """(B,) how far the logarithms of masses must move to turn the race of each row."""
-    among_rows, among_columns, _ = _arrivals(probs, times)
-    first_two = torch.stack([_two_first(among_rows), _two_first(among_columns)])
-    return (first_two[..., 1] / first_two[..., 0]).log().amin(0)
-
-
-def _two_first(arrivals: Tensor) -> Tensor:
-    arrivals = F.pad(arrivals, (0, 1), value=torch.inf)
-    return arrivals.topk(2, -1, largest=False).values
-
-
-def _arrivals(probs: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """When each row (B, R) and each column of the winning row (B, C) arrive, and who wins (B,)."""
-    R, C = vocabulary_grid(probs.shape[-1])
-    grid = F.pad(probs, (0, R * C - probs.shape[-1])).view(-1, R, C)
-    among_rows = times[:, :R] / grid.sum(-1)
-    row = among_rows.argmin(-1)
-    among_columns = times[:, R:] / grid[torch.arange(len(row), device=row.device), row]
-    return among_rows, among_columns, row * C + among_columns.argmin(-1)
-
-
-def keep_accepted_reference(slots: list, path: Sequence[int], length: int) -> list:
-    """The slots of one sequence that stay: its prefix, then those of the path."""
-    return slots[:length] + [slots[length + node] for node in path if node != NO_NODE]
-
-
 def keep_accepted(
     cache: Tensor,  # (..., B, S, Hkv, D) of every layer, or (..., num_pages, page_size, Hkv, D)
     verdict: Verdict,
@@ -629,9 +452,12 @@ def keep_accepted(
             f"a verdict on {B} sequences does not fit lengths {tuple(cache_lengths.shape)} "
             f"and a cache {tuple(cache.shape)}"
         )
-    if _takes_kernel(backend, cache):
+    takes_kernel = _takes_kernel(backend, cache)
+    if may_read_back(cache):
+        refuse_path(verdict.path, cache_lengths, capacity_of(cache, block_table))
+    if takes_kernel:
         layers = cache.view(-1, *cache.shape[-4:])
-        tree_kernel.keep(
+        kernel_launch.keep(
             layers, verdict.path.contiguous(), verdict.num_accepted, cache_lengths, block_table
         )
     elif P > 1:
@@ -682,138 +508,10 @@ def _known(backend: str) -> str:
 
 def _takes_kernel(backend: str, tensor: Tensor) -> bool:
     backend = _resolved(backend)
-    if backend == "triton" and not tensor.is_cuda and not tree_kernel.is_interpreted():
+    if backend == "triton" and not tensor.is_cuda and not kernel_launch.is_interpreted():
         raise ValueError(
             f"backend 'triton' needs a GPU tensor, not one on {tensor.device}: use "
             "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run the kernels "
             "in Triton's interpreter"
         )
     return backend == "triton" or (backend == "auto" and tensor.is_cuda)
-
-
-def may_read_back(tensor: Tensor) -> bool:
-    """Reading a GPU's values costs a synchronisation, and is forbidden in a CUDA graph."""
-    return not tensor.is_cuda or not torch.cuda.is_current_stream_capturing()
-
-
-def _capacity(cache: Tensor, block_table: Tensor | None) -> int:
-    return cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
-
-
-def _refuse_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    tree: DraftTree,
-    block_table: Tensor | None,
-) -> None:
-    B, N, Hq, D = q.shape
-    Hkv = k.shape[2]
-    faults = {
-        f"{Hq} query heads cannot share {Hkv} key-value heads": Hq % Hkv != 0,
-        f"k and v must be {(B, N, Hkv, D)}": not k.shape == v.shape == (B, N, Hkv, D),
-        f"the tree must be {(B, N)}": tree.tokens.shape != (B, N),
-        f"cache_lengths must be {(B,)}": cache_lengths.shape != (B,),
-        "the caches of keys and values must have one shape": k_cache.shape != v_cache.shape,
-        f"the cache must end in {(Hkv, D)}": k_cache.shape[2:] != (Hkv, D),
-        f"the cache must hold {B} sequences": block_table is None and k_cache.shape[0] != B,
-        f"the block table must be ({B}, pages)": block_table is not None
-        and block_table.shape[0] != B,
-    }
-    for fault, is_there in faults.items():
-        if is_there:
-            raise ValueError(
-                f"{fault}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
-                f"cache {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, "
-                f"lengths {tuple(cache_lengths.shape)}, tree {tuple(tree.tokens.shape)}"
-            )
-
-
-def refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> None:
-    """Raise ValueError where prefixes of these lengths leave no room for a tree behind them."""
-    shortest, longest = (int(length) for length in cache_lengths.aminmax())
-    if shortest < 0 or longest + num_nodes > capacity:
-        raise ValueError(
-            f"cache lengths run from {shortest} to {longest}; with {num_nodes} nodes behind "
-            f"them they must fit the {capacity} slots of the cache"
-        )
-
-
-def _refuse_what_kernels_lack(q: Tensor) -> None:
-    if q.shape[-1] not in HEAD_SIZES:
-        raise ValueError(
-            f"the kernels have head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}: "
-            "use backend='torch'"
-        )
-    if q.dtype == torch.bfloat16 and not q.is_cuda:
-        raise ValueError(
-            "Triton's interpreter cannot multiply bfloat16: use float16, float32 or backend='torch'"
-        )
-
-
-def _refuse_sampling(
-    tree: DraftTree,
-    target_probs: Tensor | Callable[[Tensor], Tensor],
-    uniforms: Tensor | None,
-    final_uniforms: Tensor | None,
-    mode: str,
-    race_times: Tensor | None,
-    draft_probs: Tensor | None,
-    backend: str,
-) -> None:
-    if mode not in SAMPLING_MODES:
-        raise ValueError(f"unknown sampling mode {mode!r}; choose {', '.join(SAMPLING_MODES)}")
-    if callable(target_probs) and (mode != "coupled" or backend == "triton"):
-        who = "the kernels need" if mode == "coupled" else f"mode {mode!r} needs"
-        raise ValueError(f"{who} target_probs as a tensor (B, N, V), not as a function")
-    B, N = tree.tokens.shape
-    vocab_size = None if callable(target_probs) else target_probs.shape[-1]
-    if mode == "coupled":
-        width = None if vocab_size is None else sum(vocabulary_grid(vocab_size))
-        _refuse_race_times(race_times, B, N, width)
-    else:
-        _refuse_uniforms(uniforms, final_uniforms, B, N, mode)
-    if (draft_probs is not None) != mode.endswith("_replacement"):
-        needs = "needs" if mode.endswith("_replacement") else "takes no"
-        raise ValueError(f"mode {mode!r} {needs} draft_probs")
-    if not callable(target_probs):
-        for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
-            _refuse_probs(name, probs, (B, N, vocab_size))
-    if may_read_back(tree.tokens):
-        tree.validate(vocab_size, allow_duplicates=mode == "with_replacement")
-
-
-def _refuse_race_times(race_times: Tensor | None, B: int, N: int, width: int | None) -> None:
-    shape = None if race_times is None else tuple(race_times.shape)
-    if shape is None or shape[:2] != (B, N) or width not in (None, shape[-1]):
-        raise ValueError(
-            f"mode 'coupled' needs race_times {(B, N, width or 'R + C')}, exponentials for the"
-            f" grid of the vocabulary at each node, not {shape}"
-        )
-
-
-def _refuse_uniforms(
-    uniforms: Tensor | None, final_uniforms: Tensor | None, B: int, N: int, mode: str
-) -> None:
-    needed = {"uniforms": (uniforms, (B, N)), "final_uniforms": (final_uniforms, (B,))}
-    for name, (given, shape) in needed.items():
-        found = None if given is None else tuple(given.shape)
-        if found != shape:
-            raise ValueError(f"mode {mode!r} needs {name} {shape}, not {found}")
-
-
-def _refuse_probs(name: str, probs: Tensor | None, shape: tuple[int, int, int]) -> None:
-    if probs is None:
-        return
-    if probs.shape != shape:
-        raise ValueError(f"{name} must be {shape}, not {tuple(probs.shape)}")
-    if may_read_back(probs) and not (torch.isfinite(probs).all() and (probs >= 0).all()):
-        row, node, token = (~torch.isfinite(probs) | (probs < 0)).nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} of token {token} at node {node} of sequence {row} is "
-            f"{probs[row, node, token].item()}; "
-            "probabilities must be finite and not negative"
-        )

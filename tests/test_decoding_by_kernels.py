@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scripted_drafters import Scripted
+from scripted_drafters import Scripted, drafters
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
-from specrepro import target_model, tree_kernel, tree_verify
+from specrepro import decoding, kernel_launch, target_model, tree_verify
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import DraftTree
 from specrepro.target_model import Target
@@ -44,7 +44,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     called: set[str] = set()
 
     def noted(name: str) -> Callable:
-        launch = getattr(tree_kernel, name)
+        launch = getattr(kernel_launch, name)
 
         def note(*arguments: object, **options: object) -> object:
             called.add(name)
@@ -53,7 +53,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         return note
 
     for name in ("attend", "walk_greedily", "walk_coupled", "keep"):
-        monkeypatch.setattr(tree_kernel, name, noted(name))
+        monkeypatch.setattr(kernel_launch, name, noted(name))
     return called
 
 
@@ -67,6 +67,51 @@ def test_a_decode_through_the_kernels_says_what_torch_says(target, launches, tem
     assert [run.tokens for run in runs] == words
     assert max(runs[0].accepted + runs[1].accepted) > 1, "no walk went deep"
     assert launches == {"attend", "keep", "walk_coupled" if temperature else "walk_greedily"}
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["alone", "batch"])
+@pytest.mark.parametrize("name", drafters([]))
+def test_every_kind_of_drafter_is_verified_by_the_kernels(target, launches, name, prompts) -> None:
+    plain = decode_autoregressively(target, prompts, max_new_tokens=5)
+    words = [run.tokens for run in plain]
+    with tree_verify.using("triton"):
+        runs = decode(target, drafters(words)[name], prompts, max_new_tokens=5)
+    assert [run.tokens for run in runs] == words
+    assert launches == {"attend", "keep", "walk_greedily"}
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[list]:
+    """Path, tokens and bonus of each verdict in turn, padding left out."""
+    seen: list[list] = []
+    judge = decoding.judge
+
+    def noted(*arguments: object) -> tree_verify.Verdict:
+        verdict = judge(*arguments)
+        for path, tokens in zip(verdict.path.tolist(), verdict.tokens.tolist(), strict=True):
+            seen.append([[x for x in row if x != tree_verify.NO_NODE] for row in (path, tokens)])
+        seen.append(verdict.bonus.tolist())
+        return verdict
+
+    monkeypatch.setattr(decoding, "judge", noted)
+    return seen
+
+
+@pytest.mark.slow
+def test_the_embedded_target_decodes_through_the_kernels_tree_by_tree(verdicts) -> None:
+    embedded = target_model.load(dtype="float32", device="cpu")
+    prompt = embedded.tokenizer.encode("The capital of France is")
+    options = {"max_new_tokens": 9, "ignore_stop": True}
+    words = decode_autoregressively(embedded, prompt, **options).tokens
+    by_backend = {}
+    for backend in ("torch", "triton"):
+        verdicts.clear()
+        drafter = Scripted([words], 7, 0.8, is_bushy=True, vocab_size=embedded.vocab_size)
+        with tree_verify.using(backend):
+            run = decode(embedded, drafter, prompt, **options)
+        assert run.tokens == words and max(run.accepted) > 1
+        by_backend[backend] = list(verdicts)
+    assert by_backend["triton"] == by_backend["torch"] and len(by_backend["torch"]) > 3
 
 
 def test_a_tree_is_checked_and_packed_once_a_pass_and_not_once_a_layer(
@@ -87,7 +132,7 @@ def test_a_tree_is_checked_and_packed_once_a_pass_and_not_once_a_layer(
         (DraftTree, "packed_ancestors"),
         (DraftTree, "validate"),
         (target_model, "attention_mask"),
-        (tree_kernel, "attend"),
+        (kernel_launch, "attend"),
     ):
         count(owner, name)
     tree = DraftTree(torch.tensor([[5, 6, 7], [8, 9, 9]]), torch.tensor([[-1, 0, 0], [-1, 0, 1]]))

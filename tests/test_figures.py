@@ -316,21 +316,25 @@ def test_the_shares_of_the_splits_are_stacked_row_by_row():
     assert legend_labels(figures.split_shares([3], shares[:, :1], unit="page")) == ["from page 3"]
 
 
-def test_the_floors_of_every_card_are_drawn_line_by_line_and_called_modelled():
+def test_bytes_operations_and_floors_of_every_card_are_drawn_line_by_line():
     rows = pd.DataFrame(
         [
-            {"card": card, "context": context, "attention": name, "modelled_floor_us": floor}
+            {"card": card, "context": context, "attention": name}
+            | {"megabytes": 10 * floor, "gigaoperations": 100 * floor, "modelled_floor_us": floor}
             for card, scale in (("A", 1), ("B", 2))
             for name, floors in (("ours", (1, 3)), ("theirs", (2, 5)))
             for context, floor in zip((512, 2048), np.array(floors) * scale, strict=True)
         ]
     )
-    figure = figures.modelled_floors(rows)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["cached tokens\nA", "cached tokens\nB"]
-    assert "modelled" in figure.axes[0].get_ylabel()
+    figure = figures.modelled_roofline(rows)
+    below = [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()]
+    assert below == ["cached tokens\nA", "cached tokens\nB"]
+    beside = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert beside == list(figures.MODELLED.values()) and "modelled" in beside[2]
     assert legend_labels(figure) == ["ours", "theirs"]
     drawn = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
-    assert drawn == [[[1, 3], [2, 5]], [[2, 6], [4, 10]]]
+    floors = np.array([[[1, 3], [2, 5]], [[2, 6], [4, 10]]])
+    assert drawn == [*(10 * floors).tolist(), *(100 * floors).tolist(), *floors.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +344,7 @@ def test_the_floors_of_every_card_are_drawn_line_by_line_and_called_modelled():
         lambda: figures.residuals(["x"], {}),
         lambda: figures.split_shares([], np.zeros((2, 0))),
         lambda: figures.split_shares([0], np.zeros((0, 1))),
-        lambda: figures.modelled_floors(pd.DataFrame()),
+        lambda: figures.modelled_roofline(pd.DataFrame()),
     ],
     ids=["tree", "residuals", "splits", "rows", "floors"],
 )

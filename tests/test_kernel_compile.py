@@ -16,14 +16,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from specrepro import tree_kernel
+from specrepro import kernel_launch, tree_kernel
 from specrepro.kernel_report import (
-    HEAD_SIZES,
     TARGETS,
     TORCH_DTYPES,
     VARIANTS,
     configurations,
 )
+from specrepro.verify_checks import HEAD_SIZES
 
 TABLE = Path(__file__).parents[1] / "kernel_resources.csv"
 KEYS = ["kernel", "architecture", "dtype", "variant", "head_size", "tile_rows"]
@@ -88,7 +88,7 @@ def test_shared_memory_fits_the_card(architecture: str, committed: pd.DataFrame)
 
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 4096, 4097, 40_000])
 def test_splits_of_a_prefix_cover_it_whatever_the_tree(length: int) -> None:
-    plans = [tree_kernel.plan(1, nodes, 32, 8, 128, 50_000, 2) for nodes in (1, 60)]
+    plans = [kernel_launch.plan(1, nodes, 32, 8, 128, 50_000, 2) for nodes in (1, 60)]
     assert plans[0].splits_of(length) == plans[1].splits_of(length)
     split_size, num_splits = plans[0].splits_of(length)
     assert (num_splits - 1) * split_size <= length <= num_splits * split_size
@@ -96,7 +96,7 @@ def test_splits_of_a_prefix_cover_it_whatever_the_tree(length: int) -> None:
 
 
 def test_the_interpreted_kernels_are_not_compiled_by_mistake() -> None:
-    if not tree_kernel.is_interpreted():
+    if not kernel_launch.is_interpreted():
         pytest.skip("compiled kernels on this machine")
     command = [sys.executable, "-m", "specrepro.kernel_report", "resources"]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,42 @@
-"""A kernel that is broken in any of these ways fails the test named beside it.
+"""A kernel that is broken in any of these ways is caught: no mutant passes.
 
-A mutant is the source of `tree_kernel.py` with one text replaced, loaded in place of the original.
+- the length bound reads one slot too many
+- every block of the tree reads the first ancestor word
+- the ancestor mask is off by one
+- the heads of a group share one query
+- the running sum is not faded
+- the merge does not weigh its splits
+- a split ends one slot too early
+- a split that saw nothing spoils the merge
+- splits follow the number of nodes
+- the window counts node indices
+- the window reaches one slot too far back
+- the tree's keys are not stored
+- pages are read in order
+- padding keeps its sum
+- padding attends to the prefix
+- any node with the chosen token counts as a child
+- the last accepted slot is left behind
+- a coin of zero accepts anything
+- a rejection takes the draft's mass unscaled
+- a tried sibling may be proposed again
+- a sampled sibling meets the original target
+- a chosen sibling meets the original target
+- a refused draft may still be drawn
+- siblings share one coin
+- siblings are tried from the last
+- a draw forgets the tiles before
+- columns race with the times of the rows
+- the winner is that of the last tile
+- each tile meets the tile before it and not the best
+- a row is numbered within its tile
+- a token without mass arrives
+- lanes past the vocabulary have mass
+- every node races with the times of the root
+- every node races with the masses of the root
+
+A mutant is the source of the kernels or of their launchers with one text replaced, loaded in place
+of the original. `MUTATIONS` names the test that fails on each; the original passes them all.
 """
 
 from __future__ import annotations
@@ -19,7 +55,7 @@ import test_tree_attention as attention
 import test_tree_verify as verifying
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
-from specrepro import tree_kernel, tree_verify
+from specrepro import kernel_launch, tree_kernel, tree_verify
 
 Check = Callable[[pytest.MonkeyPatch], None]
 
@@ -82,6 +118,10 @@ def race(patches: pytest.MonkeyPatch) -> None:
     walks.test_a_race_is_the_same_however_its_grid_is_cut(37, 16, patches)
 
 
+def padded(_: pytest.MonkeyPatch) -> None:
+    attention.test_padding_gets_zero_and_a_log_sum_exp_of_minus_infinity("triton")
+
+
 def chosen(patches: pytest.MonkeyPatch) -> None:
     walks.test_a_rejection_is_the_same_however_the_vocabulary_is_cut("deterministic", 16, patches)
 
@@ -102,6 +142,11 @@ MUTATIONS: dict[str, tuple[str, str, Check]] = {
         "tl.cdiv(N, BLOCK_T)",
         words,
     ),
+    "the ancestor mask is off by one": (
+        "(words[:, None] >> tl.arange(0, BLOCK_T)[None, :]",
+        "(words[:, None] >> (tl.arange(0, BLOCK_T) + 1)[None, :]",
+        words,
+    ),
     "the heads of a group share one query": (
         "(head * G + rows % G) * q_head",
         "head * G * q_head",
@@ -115,6 +160,11 @@ MUTATIONS: dict[str, tuple[str, str, Check]] = {
     "the merge does not weigh its splits": (
         "acc = acc * fade[:, None] + split_acc * split_fade[:, None]",
         "acc = acc + split_acc",
+        splits,
+    ),
+    "a split ends one slot too early": (
+        "stop = tl.minimum(start + split_size, length)",
+        "stop = tl.minimum(start + split_size - 1, length)",
         splits,
     ),
     "a split that saw nothing spoils the merge": (
@@ -152,6 +202,7 @@ MUTATIONS: dict[str, tuple[str, str, Check]] = {
         "total = tl.where(is_row, total, 1.0)",
         padding,
     ),
+    "padding attends to the prefix": ("is_row = nodes < num_nodes", "is_row = nodes < N", padded),
     "any node with the chosen token counts as a child": (
         "is_it = (parents == parent) & (tokens == token)",
         "is_it = (tokens == token)",
@@ -183,6 +234,17 @@ MUTATIONS: dict[str, tuple[str, str, Check]] = {
         "mass = tl.where(ids == tl.load(tokens_ptr + tried), 0.0, mass)",
         "mass = tl.where(ids == tl.load(tokens_ptr + tried), mass, mass)",
         chosen,
+    ),
+    "siblings share one coin": (
+        "_load_uniform(uniforms_ptr + row + child)",
+        "_load_uniform(uniforms_ptr + row + node)",
+        chosen,
+    ),
+    "siblings are tried from the last": (
+        "return tl.min(tl.where((parents == parent) & (node_ids > after), node_ids, N), 0)",
+        "last = tl.max(tl.where((parents == parent) & (node_ids > after), node_ids, -1), 0)\n"
+        "    return tl.where(last < 0, N, last)",
+        exhausted,
     ),
     "a draw forgets the tiles before": (
         "cumulative = running + tl.cumsum(mass, 0)",
@@ -228,34 +290,69 @@ MUTATIONS: dict[str, tuple[str, str, Check]] = {
 }
 
 
-def install(source: str, folder: Path, patches: pytest.MonkeyPatch) -> None:
-    """Load a kernel module from text wherever the original is used."""
-    path = folder / "mutant_kernel.py"
+NEGATIVE_CONTROLS = {  # rules that others have shipped, and how the drafts came about
+    "a chosen sibling meets the original target": "deterministic",
+    "a sampled sibling meets the original target": "with_replacement",
+    "siblings share one coin": "deterministic",
+}
+
+
+USERS: dict[ModuleType, tuple[ModuleType, ...]] = {  # of each module that is broken
+    tree_kernel: (kernel_launch,),
+    kernel_launch: (tree_verify, compiling, walks),
+}
+
+
+def source_of(module: ModuleType) -> str:
+    return Path(module.__file__).read_text()
+
+
+def install(module: ModuleType, source: str, folder: Path, patches: pytest.MonkeyPatch) -> None:
+    """Load a module from text wherever the original is used."""
+    path = folder / f"mutant_{module.__name__.rpartition('.')[2]}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     mutant = importlib.util.module_from_spec(spec)
     patches.setitem(sys.modules, path.stem, mutant)
     spec.loader.exec_module(mutant)
-    users: tuple[ModuleType, ...] = (tree_verify, compiling, walks)
-    for user in users:
-        patches.setattr(user, "tree_kernel", mutant)
+    for user in USERS[module]:
+        patches.setattr(user, module.__name__.rpartition(".")[2], mutant)
+
+
+def break_kernels(name: str, folder: Path, patches: pytest.MonkeyPatch) -> Check:
+    """Put the mutant of this name in place, and return the test that has to see it."""
+    old, new, check = MUTATIONS[name]
+    (broken,) = (module for module in USERS for _ in range(source_of(module).count(old)))
+    install(broken, source_of(broken).replace(old, new), folder, patches)
+    return check
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_caught(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new, check = MUTATIONS[name]
-    source = Path(tree_kernel.__file__).read_text()
-    assert source.count(old) == 1, f"{source.count(old)} times in the kernels: {old}"
-    install(source.replace(old, new), tmp_path, monkeypatch)
+    check = break_kernels(name, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
         check(monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "mode"), NEGATIVE_CONTROLS.items())
+def test_a_kernel_with_a_wrong_rule_fails_the_chi_square(
+    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel itself passes in `test_sampling.py`, at a false alarm in 10^9 runs."""
+    break_kernels(name, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        sampling.test_the_kernels_draws_follow_the_target_where_a_wrong_rule_is_far_off(mode)
+
+
+def test_the_list_above_is_of_all_that_was_broken() -> None:
+    assert [line[2:] for line in __doc__.splitlines() if line.startswith("- ")] == list(MUTATIONS)
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(check for _, _, check in MUTATIONS.values()))
 def test_a_kernel_that_is_only_copied_passes_them_all(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(Path(tree_kernel.__file__).read_text(), tmp_path, monkeypatch)
+    install(tree_kernel, source_of(tree_kernel), tmp_path, monkeypatch)
     check(monkeypatch)

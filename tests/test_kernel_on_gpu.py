@@ -22,19 +22,18 @@ from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import DraftTree
 from specrepro.target_model import Target
 from specrepro.tree_verify import (
-    SAMPLING_MODES,
     keep_accepted,
     tree_attention,
-    tree_attention_reference,
     verify_greedy,
     verify_sample,
 )
+from specrepro.verify_checks import HEAD_SIZES, SAMPLING_MODES
+from specrepro.verify_reference import tree_attention_reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 def on_gpu(case: AttentionCase) -> AttentionCase:

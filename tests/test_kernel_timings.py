@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from specrepro import kernel_timings, target_model, tree_kernel
+from specrepro import kernel_launch, kernel_timings, target_model, tree_kernel
 from specrepro.target_model import Target
 
 CONTEXT = 20
@@ -95,8 +95,7 @@ def test_a_verdict_walks_five_deep_and_is_held_to_two_milliseconds(
 
 
 def test_a_verdict_leaves_the_cache_as_long_as_it_was(targets: tuple[Target, Target]) -> None:
-    with torch.inference_mode():
-        cache, tree, scores = kernel_timings._verified(targets[0], CONTEXT)
+    cache, tree, scores = kernel_timings._verified(targets[0], CONTEXT)
     assert cache.lengths.tolist() == [CONTEXT]
     assert scores.logits[0, :5].argmax(-1).tolist() == tree.tokens[0, 1:6].tolist()
 
@@ -114,7 +113,7 @@ def test_every_means_attends_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_gpu_would_launch_is_what_its_plan_says() -> None:
     table = kernel_timings.launches((512, 8192)).set_index("context")
-    plan = tree_kernel.plan(1, 60, 32, 8, 128, 8192 + 60, itemsize=2)
+    plan = kernel_launch.plan(1, 60, 32, 8, 128, 8192 + 60, itemsize=2)
     assert table.loc[8192, "splits"] == plan.splits_of(8192)[1]
     assert table.loc[8192, "programs"] == 8 * plan.splits_of(8192)[1]
     assert table.loc[512, "splits"] < table.loc[8192, "splits"]
@@ -132,10 +131,17 @@ def test_the_command_says_what_it_could_not_run_and_writes_its_rows(
         "_contenders",
         lambda *case: {k: v for k, v in everyone(*case).items() if k != "flex_attention"},
     )
-    command = ["timings", str(tmp_path / "rows.csv"), "--turns", "2", "--contexts", str(CONTEXT)]
+    command = [
+        "timings",
+        str(tmp_path / "new" / "rows.csv"),
+        "--turns",
+        "2",
+        "--contexts",
+        str(CONTEXT),
+    ]
     monkeypatch.setattr(sys, "argv", [*command, "--target", str(tiny_target_folder())])
     kernel_timings.main()
-    rows = pd.read_csv(tmp_path / "rows.csv")
+    rows = pd.read_csv(tmp_path / "new" / "rows.csv")
     assert rows.groupby("quantity").size().to_dict() == {"layer": 2, "pass": 2, "verify step": 2}
     assert rows["is_met"].notna().sum() == 3
     told = ["device", "threads", "torch", "triton", "when", "milliseconds"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tree_cases import attention_case, language_patched_once_a_launch  # noqa: F401
 
-from specrepro import tree_kernel
+from specrepro import kernel_launch, kernel_traffic, tree_kernel
 from specrepro.kernel_report import roofline
 from specrepro.tree_verify import tree_attention
 
@@ -18,18 +18,18 @@ SHAPE = dict(nodes=60, query_heads=32, kv_heads=8, head_size=128, itemsize=2)
 
 
 def test_each_key_and_value_is_loaded_once_per_head_at_2048_tokens_and_60_nodes() -> None:
-    geometry = tree_kernel.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=90)
-    moved = tree_kernel.traffic(geometry, [2048], **SHAPE)
-    least = tree_kernel.minimum_traffic([2048], **SHAPE)
+    geometry = kernel_launch.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=90)
+    moved = kernel_traffic.traffic(geometry, [2048], **SHAPE)
+    least = kernel_traffic.minimum_traffic([2048], **SHAPE)
     assert moved.kv_bytes <= 1.10 * least.kv_bytes
-    unpacked = tree_kernel.dense_mask_traffic([2048], **SHAPE, packs_heads=False)
+    unpacked = kernel_traffic.dense_mask_traffic([2048], **SHAPE, packs_heads=False)
     assert unpacked.kv_bytes == 4 * least.kv_bytes
 
 
 def test_the_count_notices_a_tile_too_narrow_for_its_rows() -> None:
-    geometry = tree_kernel.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=80)
-    moved = tree_kernel.traffic(geometry, [2048], **SHAPE)
-    least = tree_kernel.minimum_traffic([2048], **SHAPE)
+    geometry = kernel_launch.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=80)
+    moved = kernel_traffic.traffic(geometry, [2048], **SHAPE)
+    least = kernel_traffic.minimum_traffic([2048], **SHAPE)
     assert geometry.row_blocks == 2 and moved.kv_bytes == 2 * least.kv_bytes
 
 
@@ -39,8 +39,8 @@ def test_the_count_is_what_the_kernels_load(
     nodes: int, group: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = attention_case(nodes, group, lengths=lengths, num_kv_heads=2, capacity=610)
-    tiles = tree_kernel.choose_tiles(nodes * group, 64, itemsize=4)
-    assert tiles.rows != tiles.slots == tree_kernel.WORD_BITS, "no telling queries from keys"
+    tiles = kernel_launch.choose_tiles(nodes * group, 64, itemsize=4)
+    assert tiles.rows != tiles.slots == kernel_launch.WORD_BITS, "no telling queries from keys"
     loaded, load = {"keys and values": 0, "queries": 0}, tree_kernel._load_vectors
 
     def counting(ptr, at, is_there, D, BLOCK_D):
@@ -51,37 +51,37 @@ def test_the_count_is_what_the_kernels_load(
         return load(ptr, at, is_there, D, BLOCK_D)
 
     monkeypatch.setattr(tree_kernel, "_load_vectors", counting)
-    monkeypatch.setattr(tree_kernel, "MERGE_ROWS", 8)  # so that what a merge loads is not counted
+    monkeypatch.setattr(kernel_launch, "MERGE_ROWS", 8)  # so that what a merge loads is not counted
     tree_attention(*case.arguments, backend="triton")
-    geometry = tree_kernel.plan(len(lengths), nodes, 2 * group, 2, 64, 610, itemsize=4)
-    moved = tree_kernel.traffic(geometry, list(lengths), nodes, 2 * group, 2, 64, itemsize=4)
+    geometry = kernel_launch.plan(len(lengths), nodes, 2 * group, 2, 64, 610, itemsize=4)
+    moved = kernel_traffic.traffic(geometry, list(lengths), nodes, 2 * group, 2, 64, itemsize=4)
     assert loaded["keys and values"] * 64 * 4 == moved.kv_bytes
     num_splits = sum(geometry.splits_of(length)[1] for length in lengths)
     assert loaded["queries"] == num_splits * 2 * nodes * group
 
 
 def test_every_floor_is_reached_by_memory_and_not_by_arithmetic_at_batch_one() -> None:
-    geometry = tree_kernel.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=90)
-    moved = tree_kernel.traffic(geometry, [2048], **SHAPE)
-    h100 = next(card for card in tree_kernel.CARDS if "H100" in card.name)
+    geometry = kernel_launch.plan(1, 60, 32, 8, 128, 2048 + 60, 2, architecture=90)
+    moved = kernel_traffic.traffic(geometry, [2048], **SHAPE)
+    h100 = next(card for card in kernel_traffic.CARDS if "H100" in card.name)
     from_memory = (moved.kv_bytes + moved.other_bytes) / h100.bytes_per_second
-    assert tree_kernel.floor_seconds(h100, moved) == pytest.approx(from_memory)
+    assert kernel_traffic.floor_seconds(h100, moved) == pytest.approx(from_memory)
 
 
 def test_what_heads_that_are_not_packed_read_more_is_the_keys_and_values() -> None:
     shape, lengths = (60, 32, 8, 128, 2), [2048, 100]
-    packed = tree_kernel.traffic(tree_kernel.plan(2, 60, 32, 8, 128, 2108, 2), lengths, *shape)
-    geometry = tree_kernel.plan(2, 60, 32, 32, 128, 2108, 2)
-    apart = tree_kernel.traffic(geometry, lengths, *shape, packs_heads=False)
+    packed = kernel_traffic.traffic(kernel_launch.plan(2, 60, 32, 8, 128, 2108, 2), lengths, *shape)
+    geometry = kernel_launch.plan(2, 60, 32, 32, 128, 2108, 2)
+    apart = kernel_traffic.traffic(geometry, lengths, *shape, packs_heads=False)
     assert apart.kv_bytes == 4 * packed.kv_bytes
     assert apart.other_bytes == packed.other_bytes
     assert apart.scratch_bytes == packed.scratch_bytes
 
 
 def test_float32_products_count_as_three_in_tf32() -> None:
-    arithmetic = tree_kernel.Traffic(0, 0, 0, operations=10**12)
-    h100 = next(card for card in tree_kernel.CARDS if "H100" in card.name)
-    in_half, in_full = (tree_kernel.floor_seconds(h100, arithmetic, size) for size in (2, 4))
+    arithmetic = kernel_traffic.Traffic(0, 0, 0, operations=10**12)
+    h100 = next(card for card in kernel_traffic.CARDS if "H100" in card.name)
+    in_half, in_full = (kernel_traffic.floor_seconds(h100, arithmetic, size) for size in (2, 4))
     assert in_half == pytest.approx(1 / 989) and in_full == pytest.approx(6 / 989)
 
 
@@ -129,10 +129,10 @@ def test_launches_depend_on_shapes_and_never_on_lengths(monkeypatch: pytest.Monk
 def test_one_split_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     merge = NotLaunched()
     monkeypatch.setattr(tree_kernel, "merge_splits_kernel", merge)
-    one_split = attention_case(3, 2, lengths=(200,), capacity=tree_kernel.FIXED_SPLIT)
+    one_split = attention_case(3, 2, lengths=(200,), capacity=kernel_launch.FIXED_SPLIT)
     tree_attention(*one_split.arguments, backend="triton")
     assert not merge.grids
-    two = attention_case(3, 2, lengths=(200,), capacity=tree_kernel.FIXED_SPLIT + 1)
+    two = attention_case(3, 2, lengths=(200,), capacity=kernel_launch.FIXED_SPLIT + 1)
     tree_attention(*two.arguments, backend="triton")
     assert len(merge.grids) == 1
 

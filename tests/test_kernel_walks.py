@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
-from specrepro import tree_kernel
+from specrepro import kernel_launch
 from specrepro.draft_tree import DraftTree
-from specrepro.tree_verify import Verdict, race, verify_sample, vocabulary_grid
+from specrepro.races import race, vocabulary_grid
+from specrepro.tree_verify import Verdict, verify_sample
 
 STAR = torch.tensor([[-1, 0, 0]])
 REJECTING = ("deterministic", "without_replacement", "with_replacement")
@@ -62,7 +63,7 @@ def assert_is_the_race(probs: Tensor, tree: DraftTree, times: Tensor, verdict: V
 def test_a_race_is_the_same_however_its_grid_is_cut(
     V: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree_kernel, "COUPLED_TILE", tile)
+    monkeypatch.setattr(kernel_launch, "COUPLED_TILE", tile)
     rng = torch.Generator().manual_seed(V)
     probs = masses_with_gaps(40, V, rng)
     tree, times, verdict = raced(probs, rng)
@@ -84,8 +85,8 @@ def test_a_race_over_a_real_vocabulary_is_torchs(V: int) -> None:
 @pytest.mark.parametrize(("V", "rows"), [(2, 1), (40, 8), (49_152, 16), (151_936, 8), (2**26, 1)])
 def test_a_tile_holds_whole_rows_and_no_more_than_the_grid_has(V: int, rows: int) -> None:
     R, C = vocabulary_grid(V)
-    assert tree_kernel.race_tile_rows(R, C) == rows
-    assert rows * C <= max(tree_kernel.COUPLED_TILE, C) and rows < 2 * R
+    assert kernel_launch.race_tile_rows(R, C) == rows
+    assert rows * C <= max(kernel_launch.COUPLED_TILE, C) and rows < 2 * R
 
 
 @pytest.mark.parametrize("tile", [4, 16])
@@ -93,7 +94,7 @@ def test_a_tile_holds_whole_rows_and_no_more_than_the_grid_has(V: int, rows: int
 def test_a_rejection_is_the_same_however_the_vocabulary_is_cut(
     mode: str, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree_kernel, "RESIDUAL_TILE", tile)
+    monkeypatch.setattr(kernel_launch, "RESIDUAL_TILE", tile)
     rng = torch.Generator().manual_seed(tile)
     probs = masses_with_gaps(20, 37, rng)
     tree = star_of(probs.flip(-1), rng)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
-from specrepro import target_model, tree_kernel, tree_verify
+from specrepro import kernel_launch, target_model, tree_verify
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import DraftTree
 from specrepro.target_model import KVCache, Scores, Target
@@ -126,9 +126,9 @@ def test_a_compiled_target_decodes_the_same_tokens(temperature: float, llama: Pa
 def test_a_compiled_pass_goes_through_the_kernels(
     llama: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches, attend = [], tree_kernel.attend
+    launches, attend = [], kernel_launch.attend
     monkeypatch.setattr(
-        tree_kernel, "attend", lambda *args, **kw: launches.append(args) or attend(*args, **kw)
+        kernel_launch, "attend", lambda *args, **kw: launches.append(args) or attend(*args, **kw)
     )
     num_graphs = llama.counter.frame_count
     for size in SIZES[:2]:

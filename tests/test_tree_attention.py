@@ -7,6 +7,8 @@ them.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +28,8 @@ from specrepro.tree_verify import (
     pack,
     store_tree,
     tree_attention,
-    tree_attention_reference,
 )
+from specrepro.verify_reference import tree_attention_reference
 
 BACKENDS = ("triton", "torch")
 CHAIN = torch.arange(-1, 8).expand(1, 9)
@@ -176,9 +178,10 @@ def test_padding_gets_zero_and_a_log_sum_exp_of_minus_infinity(backend: str) -> 
     assert out[1, :5].isfinite().all() and out[0].isfinite().all() and lse[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_branch_is_plain_attention_over_a_chain(backend: str) -> None:
-    case = attention_case(24, 2, lengths=(40,), seed=3)
+def test_each_branch_is_plain_attention_over_a_chain(backend: str, dtype: torch.dtype) -> None:
+    case = attention_case(24, 2, lengths=(40,), seed=3, dtype=dtype)
     out = tree_attention(*case.arguments, backend=backend)
     parents, longest = case.tree.parents[0].tolist(), 0
     for leaf in set(range(24)) - set(parents):
@@ -187,7 +190,7 @@ def test_each_branch_is_plain_attention_over_a_chain(backend: str) -> None:
             path.insert(0, parents[path[0]])
         longest = max(longest, len(path))
         plain = causal_attention(case, path)
-        assert (out[:, path] - plain).abs().max() < TOLERANCE[torch.float32]
+        assert (out[:, path] - plain).abs().max() < TOLERANCE[dtype]
     assert longest > 4, "no branch is long enough to mean anything"
 
 
@@ -244,19 +247,48 @@ def test_a_chain_is_causal_attention() -> None:
     assert (out - plain.transpose(1, 2)).abs().max() < TOLERANCE[torch.float32]
 
 
-def test_swapping_siblings_swaps_their_outputs_and_leaves_the_rest_untouched() -> None:
-    parents = torch.tensor([[-1, 0, 0, 1, 1, 3, 2]])
-    case = attention_case(7, 2, lengths=(20,), parents=parents)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_node_attends_alone_as_it_does_in_a_tree_of_64(dtype: torch.dtype) -> None:
+    # vLLM #54506: where splits follow the number of rows, decoding and verification part
+    tree = attention_case(64, 2, lengths=(600, 0), dtype=dtype, seed=9)
+    out, lse = tree_attention(*tree.arguments, return_lse=True, backend="triton")
+    q, k, v, *caches, lengths, whole = tree.arguments
+    root = DraftTree.root_only(whole.tokens[:, 0])
+    own = (x[:, :1] for x in (q, k, v))
+    alone, alone_lse = tree_attention(
+        *own, *caches, lengths, root, return_lse=True, backend="triton"
+    )
+    assert torch.equal(alone[:, 0], out[:, 0]) and torch.equal(alone_lse[:, 0], lse[:, 0])
+
+
+def test_permuting_siblings_permutes_outputs_and_nothing_else() -> None:
+    case = attention_case(40, 2, lengths=(20,), seed=2)
     out = tree_attention(*case.arguments, backend="triton")
-    # nodes 4 and 5 change places: 4 is a leaf beside 3, 5 a leaf below 3
-    order = torch.tensor([0, 1, 2, 3, 5, 4, 6])
-    swapped = DraftTree(case.tree.tokens[:, order], torch.tensor([[-1, 0, 0, 1, 3, 1, 2]]))
-    own = (case.q[:, order], case.k[:, order], case.v[:, order])
-    again = tree_attention(*own, *case.arguments[3:6], swapped, backend="triton")[:, order]
-    untouched = [0, 1, 2, 3, 6]
-    assert torch.equal(again[:, untouched], out[:, untouched])
-    # a key that moves within its block is added at another place
+    parents = case.tree.parents[0]
+    order = in_another_order(parents.tolist(), seed=1)
+    place = order.argsort()
+    moved = torch.where(parents < 0, parents, place[parents.clamp_min(0)])[order]
+    shuffled = DraftTree(case.tree.tokens[:, order], moved[None])
+    own = (x[:, order] for x in (case.q, case.k, case.v))
+    again = tree_attention(*own, *case.arguments[3:6], shuffled, backend="triton")[:, place]
+    is_ancestor = case.tree.ancestor_mask()[0]
+    stays = ~(is_ancestor & (place != torch.arange(40))).any(1)
+    assert 2 < stays.sum() < 30, "all nodes moved, or hardly one"
+    assert torch.equal(again[:, stays], out[:, stays])
+    # where an ancestor's key lies elsewhere in its block, it is added at another place
     assert (again - out).abs().max() < 1e-6
+
+
+def in_another_order(parents: list[int], seed: int) -> torch.Tensor:
+    """The nodes with siblings and what hangs below them shuffled, parents still before children."""
+    rng, order = random.Random(seed), [0]
+    waiting = [node for node, parent in enumerate(parents) if parent == 0]
+    while waiting:
+        # the first keep their places, so that some paths stay as they are
+        order.append(waiting.pop(0 if len(order) < 12 else rng.randrange(len(waiting))))
+        waiting += [node for node, parent in enumerate(parents) if parent == order[-1]]
+        waiting.sort()
+    return torch.tensor(order)
 
 
 def test_a_packed_tree_can_be_shared_by_layers() -> None:
@@ -290,6 +322,10 @@ def test_heads_may_lie_before_slots_in_memory() -> None:
             dict(tree=DraftTree(torch.zeros(2, 4).long(), torch.tensor([[-1, 0, 9, 0]] * 2))),
             "a parent must come before",
         ),
+        (dict(q=torch.zeros(4, 4, 64)), "must have four dimensions: q \\(4, 4, 64\\) float32"),
+        (dict(k=torch.zeros(2, 4, 2, 64).half()), "must be of one dtype on one device"),
+        (dict(window=0), "window must be positive, or None for none, not 0"),
+        (dict(softcap=-2.0), "softcap must be positive, or None for none, not -2.0"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -302,6 +338,29 @@ def test_bad_input_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         tree_attention(**arguments, backend=backend)
     assert torch.equal(arguments["k_cache"].nan_to_num(7), case.k_cache.nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table[:1], r"the block table must be \(2, pages\)"),
+        (lambda table: table.index_fill(1, torch.tensor([1]), 99), "page 1 of sequence 0 is 99"),
+        (lambda table: table.index_fill(1, torch.tensor([0]), -1), "page 0 of sequence 0 is -1"),
+        (lambda table: table[:, :2], "with 4 nodes behind them they must fit the 14 slots"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_that_are_not_there_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, backend: str
+) -> None:
+    arguments, table = paged(
+        attention_case(4, 2, lengths=(20, 8), capacity=40), page_size=7, seed=0
+    )
+    with pytest.raises(ValueError, match=message):
+        tree_attention(*arguments, block_table=change(table), backend=backend)
+    # a page behind the tree is nobody's, whatever the table says
+    unused = table.index_fill(1, torch.tensor([table.shape[1] - 1]), -1)
+    assert tree_attention(*arguments, block_table=unused, backend=backend).isfinite().all()
 
 
 @pytest.mark.parametrize(("head_size", "takes_kernels"), [(48, False), (64, True), (512, False)])

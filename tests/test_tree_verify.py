@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from tree_cases import language_patched_once_a_launch, random_trees  # noqa: F401
 
+from specrepro import kernel_launch
 from specrepro.draft_tree import DraftTree
 from specrepro.tree_verify import (
     Verdict,
     keep_accepted,
-    keep_accepted_reference,
     verify_greedy,
-    verify_greedy_reference,
 )
+from specrepro.verify_reference import keep_accepted_reference, verify_greedy_reference
 
 BACKENDS = ("triton", "torch")
 
@@ -170,12 +170,10 @@ def test_malformed_trees_raise_and_never_hang(
 
 
 def test_a_kernel_given_a_cycle_ends_all_the_same() -> None:
-    from specrepro import tree_kernel
-
     tokens, parents = torch.full((1, 3), 4), torch.tensor([[-1, 2, 1]])
-    assert tree_kernel.walk_greedily(tokens, parents, tokens).accepted.item() == 0
+    assert kernel_launch.walk_greedily(tokens, parents, tokens).accepted.item() == 0
     parents = torch.tensor([[1, 0, 0]])
-    assert tree_kernel.walk_greedily(tokens, parents, tokens).accepted.item() == 1
+    assert kernel_launch.walk_greedily(tokens, parents, tokens).accepted.item() == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,6 +184,26 @@ def test_shapes_that_disagree_are_named(backend: str) -> None:
     verdict = verify_greedy(tree, choice, backend=backend)
     with pytest.raises(ValueError, match="a verdict on 2 sequences does not fit lengths"):
         keep_accepted(torch.zeros(3, 9, 1, 4), verdict, torch.tensor([1, 2, 3]), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([5, 7], "node 3 behind the 7 tokens of sequence 1 lies outside the 10 slots"),
+        ([-1, 2], "behind the -1 tokens of sequence 0 lies outside"),
+    ],
+)
+def test_a_path_out_of_the_cache_is_refused_before_anything_moves(
+    lengths: list[int], message: str, backend: str
+) -> None:
+    tree = DraftTree.chain(torch.tensor([[1, 2, 3, 4]] * 2))
+    verdict = verify_greedy(tree, torch.tensor([[2, 0, 0, 0], [2, 3, 4, 5]]), backend=backend)
+    cache = torch.randn(2, 10, 1, 4)
+    before = cache.clone()
+    with pytest.raises(ValueError, match=message):
+        keep_accepted(cache, verdict, torch.tensor(lengths), backend=backend)
+    assert torch.equal(cache, before)
 
 
 def test_without_gpu_or_interpreter_the_kernel_says_what_to_do() -> None:
