@@ -9,7 +9,10 @@ Read at second hand: equations, tables and constants come from transcriptions of
 leave open what the comments at `Config` name.
 Departs from the paper:
 - Algorithm 1 is written as the argmax that its scan finds, which stays right on plateaus;
-- thresholds follow the running speedup unless the hand-set triple is asked for;
+- thresholds follow the running speedup, times a factor that `tuned` finds on other prompts, unless
+  the hand-set triple is asked for;
+- a utility of our own, "net_gain", charges a drafted level with its verification too: layer sums
+  and pool gains draft levels whose nodes are worth less than their place in a pass;
 - the best fixed tree of each batch size stands beside EAGLE-3's default as a baseline.
 The tree never changes the output: it is drafted from what the drafter says and what was accepted
 before, and the target verifies it as it would any other.
@@ -37,7 +40,9 @@ from specrepro.target_model import Scores, Target
 from specrepro.tree_verify import Verdict
 
 PAPER_THRESHOLDS = (4.0, 3.0, 2.5)  # C1, C2, C3 by hand, retuned per model (second hand)
-UTILITIES = ("layer_sum", "pool_gain")
+UTILITIES = ("layer_sum", "pool_gain", "net_gain")
+FACTORS = (1.0, 1.5, 2.5, 5.0)  # on the running speedup, to choose from
+USUAL_DECAY = 0.7  # of confidence from level to level, until some levels were seen
 HUGE = 1e9  # a threshold that nothing is worth, yet of which multiples can be compared
 # where no table is handed over
 QUICK = Grid((1, 2, 4, 8), sizes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64), max_rows=256, repeats=8)
@@ -57,14 +62,15 @@ class Config:
     strictness: float = 1.0  # times the thresholds
     expected_speedup: float = 1.5  # where the running speedup starts in every call
     expected_weight: float = 8.0  # how many autoregressive steps that start counts for
-    utility: str = "layer_sum"  # of breadth: the paper's, or the "pool_gain" of the released code
+    # of breadth: the paper's, or the "pool_gain" of the released code, or our "net_gain"
+    utility: str = "layer_sum"
     prunes_breadth: bool = True  # the three parts of Table 3
     prunes_depth: bool = True
     reranks: bool = True
 
     def __post_init__(self) -> None:
         if self.utility not in UTILITIES:
-            raise ValueError(f"unknown utility {self.utility!r}; choose {' or '.join(UTILITIES)}")
+            raise ValueError(f"unknown utility {self.utility!r}; choose {', '.join(UTILITIES)}")
         wanted = (*(self.thresholds or ()), self.strictness, self.expected_speedup)
         if any(math.isnan(one) for one in wanted) or self.strictness < 0:
             raise ValueError(f"thresholds {wanted} must be numbers and strictness not negative")
@@ -92,7 +98,7 @@ def best_size(utility: np.ndarray, cost: np.ndarray, threshold: float) -> int:
 
 def path_sums(confidence: Tensor) -> np.ndarray:
     """u_k (K,): sums of the k best path confidences (B, K), best first, averaged over B."""
-    return confidence.double().cumsum(1).mean(0).cpu().numpy()
+    return confidence.cpu().numpy().mean(0, dtype=float).cumsum()  # one copy from the device
 
 
 def pool_gain(confidence: Tensor, pool: Tensor) -> np.ndarray:
@@ -105,6 +111,15 @@ def pool_gain(confidence: Tensor, pool: Tensor) -> np.ndarray:
     gains = (confidence[:, : places.shape[1]] - places).clamp_min(0)
     missing = confidence.shape[1] - gains.shape[1]
     return path_sums(torch.nn.functional.pad(gains, (0, missing)))
+
+
+def net_gain(confidence: Tensor, decay: float, price: float) -> np.ndarray:
+    """What the children of the k best nodes (B, K) gain beyond the `price` of verifying them.
+
+    The best child of a node is expected to be as sure as the node times `decay`; one that is worth
+    less than its price would not be verified, and counts nothing.
+    """
+    return path_sums((decay * confidence - price).clamp_min(0))
 
 
 def pays_to_descend(utility: float, cost: float, ratios: Sequence[float], threshold: float) -> bool:
@@ -146,6 +161,7 @@ class Shape:
         self.rounds: list[Round] = []
         self._num_verified = self.total_tokens - 1
         self._ratios = deque([1.0], c.num_ratios)
+        self._decays = deque([USUAL_DECAY] * 4, 64)  # of the best confidence, level by level
         self._tokens = c.expected_weight * c.expected_speedup
         self._steps = c.expected_weight  # in units of an autoregressive step
 
@@ -168,7 +184,7 @@ class Shape:
         """A round of `batch` sequences, the longest with `context` tokens in the cache."""
         self.now = Round(batch, context, num_rows)
         self._step = self.costs.cost("target", batch, context, 1)
-        self._pool = None
+        self._pool, self._best = None, 0.0
         if not self.config.keeps_ratios:
             self._ratios = deque([1.0], self.config.num_ratios)
 
@@ -182,8 +198,11 @@ class Shape:
         if level:
             self._ratios.append(utility / self._last_utility if self._last_utility else 0.0)
         self._last_utility = utility
-        threshold = self.thresholds[1]
-        if self.config.prunes_depth and not pays_to_descend(utility, cost, self._ratios, threshold):
+        # a net gain is that of the next level already
+        ratios = (1.0,) if self.config.utility == "net_gain" else self._ratios
+        if self.config.prunes_depth and not pays_to_descend(
+            utility, cost, ratios, self.thresholds[1]
+        ):
             return None
         self.now.widths.append(width)
         return best.indices[:, :width]
@@ -197,34 +216,55 @@ class Shape:
         """(K,) of expanding the 1, ..., K best candidates of a level."""
         if self.config.utility == "layer_sum":
             return path_sums(confidence)
+        if self.config.utility == "net_gain":
+            return net_gain(confidence, self._decay(confidence), self._price())
         m = self._num_verified
         pool = scores.new_zeros(len(scores), m) if self._pool is None else self._pool
         self._pool = torch.cat([pool, scores.exp()], 1).topk(m, 1).values
         return pool_gain(confidence, pool)
 
+    def _decay(self, confidence: Tensor) -> float:
+        """Mean factor between the best confidences of a level and of the next, this one's noted."""
+        best = float(confidence[:, 0].mean())
+        if self._best:
+            self._decays.append(best / self._best)
+        self._best = best
+        return sum(self._decays) / len(self._decays)
+
+    def _price(self) -> float:
+        """What verifying one more node costs, in tokens: its share of the last round's pass."""
+        curve = self.costs.curve("target", self.now.batch, self.now.context)
+        size = min(max(self._num_verified, 1) + 1, len(curve))
+        slope = (curve[size - 1] - curve[0]) / max(1, size - 1)
+        return float(self.thresholds[2] * slope / self._step)
+
     def _level_costs(self, most: int) -> np.ndarray:
         """(K,) of drafting below 1, ..., K nodes, in autoregressive steps."""
         context = self.now.context + sum(self.now.widths)
         curve = self.costs.curve("level", self.now.batch, context)
-        places = np.minimum(np.arange(most), len(curve) - 1)
-        return curve[places] / self.costs.cost("target", self.now.batch, context, 1)
+        if len(curve) < most:  # as dear as the widest level that was timed
+            curve = np.pad(curve, (0, most - len(curve)), "edge")
+        return curve[:most] / self.costs.cost("target", self.now.batch, context, 1)
 
     def prune(self, growth: Growth) -> DraftTree:
         """Dynamic reranking: of all candidates the best, as many as pay for their verification."""
         tokens, parents, scores = growth.pool()
-        confidence = scores[:, 1:].exp().sort(1, descending=True).values
-        m = self._size(confidence) if self.config.reranks else self.total_tokens - 1
-        tree, _ = keep_best(tokens, parents, scores, m + 1)
+        m = self.num_kept(scores[:, 1:]) if self.config.reranks else self.total_tokens - 1
+        tree, kept = keep_best(tokens, parents, scores, m + 1)
         self.now.num_tokens = tree.tokens.shape[1]
-        self.now.confidence = confidence[:, :m].double().sum(1).tolist()
-        self._num_verified = min(m, confidence.shape[1])
+        self.now.confidence = scores.gather(1, kept)[:, 1:].exp().double().sum(1).tolist()
+        self._num_verified = self.now.num_tokens - 1
         return tree
 
-    def _size(self, confidence: Tensor) -> int:
-        """m: a tree of m drafted nodes is a pass over m + 1 tokens, the root being one of them."""
+    def num_kept(self, scores: Tensor) -> int:
+        """m, of candidates with these scores (B, n).
+
+        A tree of m drafted nodes is a pass over m + 1 tokens, the root being one of them.
+        """
         curve = self.costs.curve("target", self.now.batch, self.now.context)[1:] / self._step
-        most = min(confidence.shape[1], len(curve), self.total_tokens - 1)
-        return best_size(path_sums(confidence[:, :most]), curve[:most], self.thresholds[2])
+        most = min(scores.shape[1], len(curve), self.total_tokens - 1)
+        ranked = scores.topk(most, 1).values.exp()
+        return best_size(path_sums(ranked), curve[:most], self.thresholds[2])
 
     def learn(self, accepted: Tensor) -> None:
         """Close the round with the drafted tokens accepted (B,)."""
@@ -274,7 +314,7 @@ class Drafter:
 
 
 def with_running_speedup(
-    traces: Sequence[replay.Trace], costs: CostTable, config: Config, batch: int, turns: int = 3
+    traces: Sequence[replay.Trace], costs: CostTable, config: Config, batch: int, turns: int = 2
 ) -> Config:
     """The config, its running speedup started where replays of `traces` say that it settles.
 
@@ -286,6 +326,17 @@ def with_running_speedup(
     for _ in range(turns):
         config = replace(config, expected_speedup=_speedup(traces, costs, config, batch, plain))
     return config
+
+
+def tuned(traces: Sequence[replay.Trace], costs: CostTable, config: Config, batch: int) -> Config:
+    """The config with whichever of FACTORS on the running speedup replays of `traces` like best.
+
+    The paper's thresholds are retuned for every model; here replays do that.
+    """
+    settled = [
+        with_running_speedup(traces, costs, replace(config, strictness=x), batch) for x in FACTORS
+    ]
+    return max(settled, key=lambda one: one.expected_speedup)
 
 
 def _speedup(

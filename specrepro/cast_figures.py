@@ -42,6 +42,7 @@ CHOSEN = {
     "verified": "drafted nodes verified",
 }
 AUTOREGRESSIVE, CAST = "Autoregressive", "CAST"
+PAPERS_BATCHES = [1, 8]  # of its two tables
 _SHADES = "viridis_r"
 
 
@@ -192,14 +193,16 @@ def speedup_bars(rows: pd.DataFrame, reported: pd.DataFrame | None = None) -> Fi
     """Speedup per prompt set, a panel for each batch size, the paper's values as hollow marks."""
     ours = _of_quantity(rows, "decode", ["method", "prompts", "batch", "speedup"])
     ours = ours[(ours["method"] != AUTOREGRESSIVE) & (ours["temperature"] == 0)]
-    batches = sorted(ours["batch"].unique())
+    measured = sorted(ours["batch"].unique())
+    batches = PAPERS_BATCHES if {*PAPERS_BATCHES} <= {*measured} else measured
     with style():
         figure = _figure(1.2 + 4.4 * len(batches), 3.6)
         panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
         shown = []
         for axes, batch in zip(panels, batches, strict=True):
             here = ours[ours["batch"] == batch]
-            prompts = [name for name in PROMPT_SETS if name in set(here["prompts"])]
+            present = set(here["prompts"])
+            prompts = sorted(present - {*PROMPT_SETS}) + [n for n in PROMPT_SETS if n in present]
             _grouped_bars(axes, here, "speedup", prompts, _colours(ours["method"]))
             theirs = _reported_at(here, reported, batch)
             _hollow_over_bars(axes, theirs, "speedup", prompts, ours, theirs)
@@ -248,6 +251,7 @@ def by_batch_size(rows: pd.DataFrame, panels_in_a_row: int = 4) -> Figure:
     """Speedup against batch size by machine, replayed; what was timed while decoding as squares."""
     ours = _of_quantity(rows, "replay", ["method", "batch", "machine", "speedup"])
     ours = ours[(ours["method"] != AUTOREGRESSIVE) & (ours["prompts"] == "all")]
+    ours = ours[ours["temperature"] == 0]
     machines = list(dict.fromkeys(ours["machine"]))
     num_rows = -(-len(machines) // panels_in_a_row)
     with style():
@@ -258,8 +262,7 @@ def by_batch_size(rows: pd.DataFrame, panels_in_a_row: int = 4) -> Figure:
         for axes, machine in zip(grid.flat, machines, strict=False):
             here = ours[ours["machine"] == machine]
             handles = _lines_by(axes, here, "batch", "speedup")
-            if (here["costs"] == "table").all():
-                _timed_squares(axes, rows, here)
+            _timed_squares(axes, rows, here)
             _doublings(axes, f"batch size (sequences)\n{machine}")
             axes.axhline(1, **_DASHED)
         for line in grid:
@@ -281,7 +284,11 @@ def _lines_by(axes: Axes, rows: pd.DataFrame, along: str, metric: str) -> list[L
 
 def _timed_squares(axes: Axes, rows: pd.DataFrame, replayed: pd.DataFrame) -> None:
     """Speedups of decoding itself, the mean of prompt sets where there are several."""
-    decoded = rows[(rows["quantity"] == "decode") & (rows["temperature"] == 0)]
+    is_own = (replayed["costs"] == "table").all()
+    decoded = rows[rows["quantity"] == ("decode" if is_own else "decode_elsewhere")]
+    if not is_own:
+        decoded = decoded[decoded["machine"] == replayed["machine"].iloc[0]]
+    decoded = decoded[decoded["temperature"] == 0]
     for method, colour in _colours(replayed["method"]).items():
         for batch, found in decoded[decoded["method"] == method].groupby("batch"):
             mean = found[found["prompts"] == "mean"]

@@ -1,24 +1,321 @@
-"""Rows that CAST's claims and figures read: gains, choices, and how well confidences foretell.
+"""CAST's rows: what its figures draw and its claims read, from what a `Lab` measured.
 
+Costs; what was timed while decoding; what was replayed under cost tables: every batch size, machine
+and modelled card, growing trees, ablation, sensitivity, choices; how well confidences foretell.
 Bare rows; a `Run` stamps where they come from. Intervals are 95 %, by bootstrap over what was
-decoded together, or over whole texts.
+decoded together, or over whole texts; a text said again to fill a batch makes them too narrow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from specrepro import cast
-from specrepro.measure import Record
+from specrepro import cast, replay, rows
+from specrepro.cast_lab import ALL, BEST, BY_HAND, CAST, DEFAULT, NET, Lab, of_one_set
+from specrepro.cost_table import CostTable
+from specrepro.decoding import Drafter
+from specrepro.draft_tree import take_shape
+from specrepro.eagle3 import TreeConfig
+from specrepro.measure import AUTOREGRESSIVE, Record
+from specrepro.replay import REPLAYED, MakeDrafter
 from specrepro.rows import bootstrap, interval
 
-ALL = "all"  # prompts of every set together
+WITHOUT = {
+    "prunes_breadth": "CAST without breadth pruning",
+    "prunes_depth": "CAST without depth pruning",
+    "reranks": "CAST without reranking",
+}
+ALONE = {
+    "reranks": "reranking",
+    "prunes_depth": "depth pruning",
+    "prunes_breadth": "breadth pruning",
+}
 NUM_BINS = 10
+
+Settings = Mapping[str, tuple[MakeDrafter | TreeConfig | None, dict[str, Any]]]
+Variants = Iterator[tuple[str, cast.Config, dict[str, Any]]]
+
+
+# --- what was measured
+
+
+def costs(lab: Lab) -> pd.DataFrame:
+    """Rows of quantity "cost": every point that was timed, of modelled tables those sizes.
+
+    And of "profile_seconds", what timing them took.
+    """
+    found = []
+    for table in [*lab.machines, *lab.modelled]:
+        points, where = table.rows(), {"machine": table.machine, "costs": lab.kind(table)}
+        if table.is_modelled:
+            is_shown = points["num_tokens"].isin(lab.plan.grid.sizes) & (points["part"] == "target")
+            is_shown &= points["context"] == points["context"].min()
+            points = points[is_shown].assign(source="modelled")
+        found.append(points.assign(costs=where["costs"]))
+        if table.seconds:
+            took = {"quantity": "profile_seconds", "value": table.seconds}
+            took |= dict.fromkeys(("value_low", "value_high"), table.seconds)  # no estimate
+            found.append(pd.DataFrame([took | where]))
+    return pd.concat(found, ignore_index=True)
+
+
+def timed(lab: Lab, batch: int) -> list[pd.DataFrame]:
+    """Rows of what was decoded: speedups, differences, gains, and how near the replay came."""
+    records = lab.compare(batch)
+    return [
+        lab.run.decode_rows(records),
+        rows.paired_differences(records),
+        _cast_gains(records, lab.costs, "clock"),
+        agreement(lab, records, batch, lab.costs).assign(costs="clock"),
+    ]
+
+
+def elsewhere(lab: Lab) -> pd.DataFrame:
+    """The same of the other machines: rows of quantity "decode_elsewhere", "gain" and so on."""
+    cases = product(lab.machines[1:], lab.plan.elsewhere)
+    tables = [
+        table
+        for machine, batch in cases
+        if batch in machine.batches
+        for table in _elsewhere(lab, machine, batch)
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _elsewhere(lab: Lab, costs: CostTable, batch: int) -> Iterator[pd.DataFrame]:
+    where = {name: costs.header[name] for name in ("device", "dtype", "threads")}
+    where |= {"machine": costs.machine, "costs": "other clock"}
+    records = lab.compare_as(costs, batch)
+    decoded = lab.run.decode_rows(records).replace({"quantity": {"decode": "decode_elsewhere"}})
+    checked = agreement(lab, records, batch, costs)
+    for table in (decoded, _cast_gains(records, costs, "other clock"), checked):
+        yield table.assign(**where)
+
+
+def _cast_gains(records: Sequence[Record], costs: CostTable, kind: str) -> pd.DataFrame:
+    """Rows of quantity "gain": CAST and our variant against the default tree and the best one."""
+    found = [gains(records, *pair) for pair in product((CAST, NET), (DEFAULT, BEST))]
+    return pd.concat(found, ignore_index=True).assign(machine=costs.machine, costs=kind)
+
+
+def agreement(lab: Lab, records: Sequence[Record], batch: int, costs: CostTable) -> pd.DataFrame:
+    """Rows of quantity "replay_check": replays of what was just decoded, against the clock."""
+    greedy = [record for record in records if record.temperature == 0]
+    decoded = dict.fromkeys((record.prompts, record.prompt_id) for record in greedy)
+    traces = {(t.prompts, t.prompt_id): t for t in lab.traces if t.temperature == 0}
+    mine = [traces[key] for key in decoded]
+    predicted = []
+    for name, draft in lab.drafts(batch, costs).items():
+        for prompts in dict.fromkeys(trace.prompts for trace in mine):
+            group = [trace for trace in mine if trace.prompts == prompts]
+            predicted += replay.replay(group, draft, costs, method=name, batch=batch)
+    return replay.agreement(greedy, predicted).assign(machine=costs.machine)
+
+
+# --- what was replayed
+
+
+def replays(lab: Lab) -> pd.DataFrame:
+    """Rows of quantity "replay": every method at every batch size that a table knows.
+
+    And of "gain", by table, and "best_gain".
+    """
+    tables = []
+    for costs in [*lab.machines, *lab.modelled]:
+        for batch, temperature in product(costs.batches, lab.plan.replayed):
+            settings = {name: (draft, {}) for name, draft in lab.drafts(batch, costs).items()}
+            records = _replays(lab, settings, costs, batch, temperature)
+            gained = _cast_gains(records, costs, lab.kind(costs)).assign(source=REPLAYED)
+            tables += [_as_rows(lab, "replay", records, settings, costs), gained]
+    found = pd.concat(tables, ignore_index=True)
+    return pd.concat([found, best_gains(found)], ignore_index=True)
+
+
+def sweep(lab: Lab) -> pd.DataFrame:
+    """Rows of quantity "replay_sweep": fixed trees of growing size, and what CAST chose.
+
+    Their depth and width are those of the best tree at that batch size on other prompts. Rows of
+    quantity "gain" set the size that was best there against the largest.
+    """
+    tables = [table for batch in lab.costs.batches for table in _sweep(lab, batch)]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _sweep(lab: Lab, batch: int) -> Iterator[pd.DataFrame]:
+    best = lab.fastest(lab.traces_to_choose_on, batch, lab.costs)
+    sizes = lab.sizes(batch, lab.costs)[1:]
+    settings: dict[str, Any] = {
+        f"{size} nodes": (replace(best, total_tokens=size), _sizes_of(best, size)) for size in sizes
+    }
+    settings[CAST] = (lab.drafts(batch, lab.costs)[CAST], {})
+    records = _replays(lab, settings, lab.costs, batch)
+    drafted = [num for r in records if r.method == CAST for num in r.drafted]
+    settings[CAST] = (None, {"total_tokens": 1 + float(np.mean(drafted))})
+    yield _as_rows(lab, "replay_sweep", records, settings, lab.costs)
+    names = {f"{best.total_tokens} nodes": "EAGLE-3, chosen size"}
+    names |= {f"{sizes[-1]} nodes": "EAGLE-3, largest size"}
+    if len(names) == 2:
+        pair = [replace(r, method=names[r.method]) for r in records if r.method in names]
+        yield gains(pair, *names.values()).assign(costs="table", source=REPLAYED)
+
+
+def _sizes_of(tree: TreeConfig, size: int) -> dict[str, Any]:
+    columns = {"method": DEFAULT, "total_tokens": size}
+    return columns | {"draft_depth": tree.depth, "top_k": tree.top_k}
+
+
+def ablation(lab: Lab) -> pd.DataFrame:
+    """Rows of quantity "ablation": EAGLE-3's tree, each part alone, all but one, all."""
+
+    def variants(whole: cast.Config) -> Variants:
+        nothing = replace(whole, **dict.fromkeys(ALONE, False))
+        yield DEFAULT, nothing, {}
+        for part in ALONE:
+            yield f"{ALONE[part]} alone", replace(nothing, **{part: True}), {}
+        for part in WITHOUT:
+            yield WITHOUT[part], replace(whole, **{part: False}), {}
+        yield CAST, whole, {}
+        yield "CAST, verified-set utility", replace(whole, utility="pool_gain"), {}
+        yield NET, replace(whole, utility="net_gain", strictness=1.0), {}
+
+    return _varied(lab, "ablation", variants)
+
+
+def sensitivity(lab: Lab) -> pd.DataFrame:
+    """Rows of quantity "sensitivity": thresholds times each factor, running and by hand."""
+
+    def variants(own: cast.Config) -> Variants:
+        kinds = {CAST: own, BY_HAND: replace(own, thresholds=cast.PAPER_THRESHOLDS)}
+        for (name, config), x in product(kinds.items(), lab.plan.factors):
+            yield (
+                f"{name} x {x:g}",
+                replace(config, strictness=x),
+                {"method": name, "strictness": x},
+            )
+
+    return _varied(lab, "sensitivity", variants)
+
+
+def _varied(lab: Lab, quantity: str, variants: Callable[[cast.Config], Variants]) -> pd.DataFrame:
+    """Rows of variants of CAST's configuration, at batch 1 and the plan's."""
+    tables = []
+    for batch in (1, lab.plan.batch):
+        settings = {
+            name: (cast.shaped(lab.costs, config), columns)
+            for name, config, columns in variants(lab.config(batch, lab.costs))
+        }
+        records = _replays(lab, settings, lab.costs, batch)
+        tables.append(_as_rows(lab, quantity, records, settings, lab.costs))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _replays(
+    lab: Lab, settings: Settings, costs: CostTable, batch: int, temperature: float = 0.0
+) -> list[Record]:
+    """Replays of the reported prompts as one set, autoregressive decoding among them."""
+    traces = of_one_set(lab.replayed(temperature), batch)
+    ranks, found = cache(partial(replay.path_ranks, traces)), []
+    drafts = {AUTOREGRESSIVE: None} | {name: draft for name, (draft, _) in settings.items()}
+    for name, d in drafts.items():
+        known = ranks(d.depth, d.top_k) if isinstance(d, TreeConfig) else None
+        found += replay.replay(traces, d, costs, method=name, batch=batch, ranks=known)
+    return found
+
+
+def _as_rows(
+    lab: Lab, quantity: str, records: Sequence[Record], settings: Settings, costs: CostTable
+) -> pd.DataFrame:
+    found = lab.run.decode_rows(records)
+    columns = [settings.get(method, (None, {}))[1] for method in found["method"]]
+    extra = pd.DataFrame(columns, index=found.index)
+    if "method" in extra:
+        extra["method"] = extra["method"].fillna(found["method"])
+    where = {name: costs.header.get(name) for name in ("device", "dtype", "threads")}
+    where |= {"machine": costs.machine, "costs": lab.kind(costs), "source": REPLAYED}
+    found = found.drop(columns=[*extra.columns, *where, "quantity"], errors="ignore")
+    return found.assign(quantity=quantity, **where, **extra)
+
+
+def choices(lab: Lab) -> pd.DataFrame:
+    """What CAST chose by batch size, and what choosing took.
+
+    Rows of quantity "choice": how often it drafted so deep, so wide, and kept so many. Of
+    "policy_ms": milliseconds of processor time that its decisions take in a round.
+    """
+    tables = []
+    for batch in lab.costs.batches:
+        watched = _watched(lab, batch)
+        rounds = [now for drafter in watched for now in drafter.shape.rounds]
+        spent = 1e3 * np.concatenate([drafter.shape.spent for drafter in watched])
+        policy = {"quantity": "policy_ms", "value": spent.mean(), "num_rounds": len(spent)}
+        policy |= dict(zip(("value_low", "value_high"), _mean_interval(spent), strict=True))
+        tables.append(choice_rows(rounds).assign(batch=batch))
+        tables.append(pd.DataFrame([policy | {"batch": batch}]))
+    common = {"method": CAST, "prompts": ALL, "temperature": 0.0, "machine": lab.costs.machine}
+    return pd.concat(tables, ignore_index=True).assign(**common, source=REPLAYED)
+
+
+def _watched(lab: Lab, batch: int) -> list[cast.Drafter]:
+    """The drafters of a replay of CAST, with their rounds and the time of their decisions."""
+    made: list[cast.Drafter] = []
+
+    def watched(recorded: Drafter) -> cast.Drafter:
+        made.append(cast.Drafter(recorded, lab.costs, lab.config(batch, lab.costs)))
+        made[-1].shape = TimedShape(lab.costs, made[-1].shape.config)
+        take_shape(recorded, made[-1].shape)
+        return made[-1]
+
+    traces = of_one_set(lab.replayed(), batch)
+    replay.replay(traces, watched, lab.costs, method=CAST, batch=batch)
+    return made
+
+
+def _clocked(decide: Callable[..., Any]) -> Callable[..., Any]:
+    def clocked(shape: TimedShape, *arguments: Any) -> Any:
+        began = time.thread_time()
+        decided = decide(shape, *arguments)
+        shape.spent[-1] += time.thread_time() - began
+        return decided
+
+    return clocked
+
+
+class TimedShape(cast.Shape):
+    """Notes the processor time of its decisions by round; drafting and pruning do not count."""
+
+    choose = _clocked(cast.Shape.choose)
+    num_kept = _clocked(cast.Shape.num_kept)
+    learn = _clocked(cast.Shape.learn)
+
+    def begin(self) -> None:
+        self.spent: list[float] = []  # seconds
+        super().begin()
+
+    def start_round(self, batch: int, context: int, num_rows: int) -> None:
+        self.spent.append(0.0)
+        super().start_round(batch, context, num_rows)
+
+
+def confidence(lab: Lab) -> pd.DataFrame:
+    """Rows of how path confidences foretell what is accepted, in EAGLE-3's default tree."""
+    tree, traces = lab.default, lab.replayed()
+    ranks = replay.path_ranks(traces, tree.depth, tree.top_k)
+    units = np.repeat(np.arange(len(traces)), [len(trace.drafted) for trace in traces])
+    found = confidence_rows(*ranks, tree.total_tokens - 1, units)
+    common = {"method": DEFAULT, "prompts": ALL, "temperature": 0.0, "batch": 1}
+    return found.assign(**common, num_prompts=len(traces), source=REPLAYED)
+
+
+# --- rows from records, rounds and ranks
 
 
 def gains(records: Sequence[Record], method: str, versus: str) -> pd.DataFrame:
@@ -50,6 +347,17 @@ def _gain(sums: np.ndarray) -> np.ndarray:
     """Relative gain of tokens and seconds (..., 4): the method's, then the other's."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3]) - 1
+
+
+def best_gains(found: pd.DataFrame) -> pd.DataFrame:
+    """Rows of quantity "best_gain": CAST's gain on whichever machine here it is largest.
+
+    One for each batch size, variant and method it is held against; modelled machines are left out.
+    """
+    mine = found[(found["quantity"] == "gain") & (found["costs"] != "modelled")]
+    mine = mine[mine["temperature"] == 0].reset_index(drop=True)
+    largest = mine.groupby(["batch", "method", "versus"])["value"].idxmax()
+    return mine.loc[largest].assign(quantity="best_gain")
 
 
 def choice_rows(rounds: Sequence[cast.Round]) -> pd.DataFrame:

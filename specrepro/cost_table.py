@@ -52,7 +52,7 @@ class Grid:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     bucket: int = 256  # L, tokens of context
     num_buckets: int = 4  # M
-    sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 129)  # nodes
+    sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 60, 80, 96, 129)  # nodes
     widths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10)  # of a drafted level, K at most
     max_rows: int = 512  # nodes of a pass, all sequences together
     warm_up: int = 3  # rounds that do not count at the start of every piece; the first never does
@@ -142,8 +142,8 @@ class CostTable:
         """Milliseconds of one more node behind the largest tree timed, from the last two sizes."""
         curve = self.curve("target", batch, context)
         sizes = self._sizes["target", self._stand_in(batch)]
-        step = sizes[-1] - sizes[-2] if len(sizes) > 1 else 1
-        return max(0.0, float(curve[-1] - curve[-1 - step]) / step) if len(sizes) > 1 else 0.0
+        step = sizes[-1] - sizes[-2] if len(sizes) > 1 else 0
+        return max(0.0, float(curve[-1] - curve[-1 - step])) / max(1, step)
 
     def round(
         self, batch: int, context: int, num_rows: int, widths: Sequence[int], num_tokens: int

@@ -320,29 +320,25 @@ def replay(
     are decoded in the batches of a measured run.
     """
     is_fixed = not (draft is None or callable(draft))
-    fixed = _Fixed(draft, ranks or path_ranks(traces, draft.depth, draft.top_k)) if is_fixed else None
-    records, first = [], 0
+    if is_fixed:
+        rounds = _Fixed(draft, ranks or path_ranks(traces, draft.depth, draft.top_k))
+    records = []
     for start in range(0, len(traces), batch):
         group = traces[start : start + batch]
-        if is_fixed:
-            rounds, fixed.first = fixed, first
-        else:
+        if not is_fixed:
             rounds = _one_token if draft is None else _Live(group, draft)
         records += _replay_group(group, rounds, costs, method, batch)
-        first += sum(len(trace.drafted) for trace in group)
+        if is_fixed:
+            rounds.first += sum(len(trace.drafted) for trace in group)
     return records
 
 
-def fastest(
-    traces: Sequence[Trace], trees: Sequence[TreeConfig], costs: CostTable, batch: int
-) -> TreeConfig:
+def fastest(traces: Sequence[Trace], trees: Sequence[Shape], costs: CostTable, batch: int) -> Shape:
     """Which fixed tree brings most tokens a second on these texts; of equally fast the smallest."""
     ranks = cache(partial(path_ranks, traces))
     rates = {
         tree: tokens_per_second(
-            replay(
-                traces, tree, costs, method="", batch=batch, ranks=ranks(tree.depth, tree.top_k)
-            )
+            replay(traces, tree, costs, method="", batch=batch, ranks=ranks(tree.depth, tree.top_k))
         )
         for tree in trees
     }

@@ -12,10 +12,11 @@ import pytest
 import test_losslessness_of_decoding as exact
 import torch
 from test_eagle3 import make_head
-from tree_drafters import Foretelling, table_of
+from tree_drafters import Foretelling, Knowing, table_of
 
-from specrepro import cast, eagle3, target_model
+from specrepro import cast, eagle3, losslessness, target_model
 from specrepro.cast import Config, best_size
+from specrepro.cast_rows import TimedShape
 from specrepro.cost_table import CostTable, Grid
 from specrepro.decoding import Autoregressive, Generation, decode, decode_autoregressively
 from specrepro.draft_tree import PADDING, DraftTree, Growth
@@ -407,6 +408,51 @@ def test_levels_are_charged_at_the_context_that_their_ancestors_lengthen():
     assert depths == {58: 2, 61: 1}
 
 
+@pytest.mark.parametrize("thresholds", [None, cast.PAPER_THRESHOLDS])
+@pytest.mark.parametrize("utility", cast.UTILITIES)
+def test_both_kinds_of_thresholds_work_at_every_batch_size(thresholds, utility):
+    """Trees of one size for the batch, within their bounds, smaller where a pass is dearer."""
+    costs = table_of(batches=(1, 2, 4, 8, 16, 32))
+    config = Config(TreeConfig(3, 5, 20), depth=4, thresholds=thresholds, utility=utility)
+    sizes = []
+    for batch in costs.batches:
+        rounds = list(drafted(config, costs, batch, num_rounds=6))
+        for tree, now in rounds:
+            assert (tree.parents != PADDING).all() and 2 <= now.num_tokens <= costs.max_tokens
+            assert len(now.widths) <= 4 and all(1 <= width <= 5 for width in now.widths)
+        sizes.append(np.mean([now.num_tokens for _, now in rounds]))
+    assert sizes[-1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_deciding_takes_less_than_a_millisecond_a_round(batch):
+    """In processor time, ten levels of ten; the least of many rounds, whatever else runs."""
+    scores = -torch.rand(batch, 910, generator=torch.Generator().manual_seed(0))
+    shape = TimedShape(table_of(batches=(batch,), num_tokens=129), Config(thresholds=(0.0,) * 3))
+    for _ in range(60):
+        shape.start_round(batch, 20, 1)
+        chosen = [shape.choose(level, scores[:, :100]) for level in range(9)]
+        assert all(places.shape == (batch, 10) for places in chosen)
+        assert shape.num_kept(scores) == 128
+        shape.learn(torch.ones(batch))
+    assert 1e-5 < min(shape.spent) < 1e-3, f"{1e3 * min(shape.spent):.2f} ms"
+
+
+def test_a_net_gain_counts_children_above_their_price():
+    confidence = torch.tensor([[0.8, 0.5, 0.1], [0.4, 0.2, 0.0]])
+    # children at 0.4, 0.25, 0.05 and 0.2, 0.1, 0: less 0.1 each, where that is anything
+    assert cast.net_gain(confidence, 0.5, 0.1) == pytest.approx([0.2, 0.275, 0.275])
+    assert cast.net_gain(confidence, 0.5, 1.0).tolist() == [0, 0, 0]
+    # a fourth of a step for every node: a level that layer sums would draft is left out
+    dear = table_of(lambda b, c, n: 10 + 5.0 * n, lambda b, c, n: 0.1)
+    config = Config(TreeConfig(3, 5, 20), thresholds=(1.0, 1.0, 1.0))
+    depths = {
+        utility: max(len(now.widths) for _, now in drafted(replace(config, utility=utility), dear))
+        for utility in ("layer_sum", "net_gain")
+    }
+    assert depths["layer_sum"] > depths["net_gain"]
+
+
 # --- lossless
 
 
@@ -416,6 +462,7 @@ POLICIES = {
     "everything": Config(TreeConfig(3, 6, 20), thresholds=(0.0, 0.0, 0.0)),
     "next to nothing": Config(TreeConfig(3, 6, 20), thresholds=(99.0, 99.0, 99.0)),
     "verified set": Config(TreeConfig(3, 6, 20), thresholds=(1.0, 0.3, 0.7), utility="pool_gain"),
+    "net of verification": Config(TreeConfig(3, 6, 20), utility="net_gain"),
     "breadth alone": Config(TreeConfig(3, 6, 20), prunes_depth=False, reranks=False),
 }
 
@@ -464,6 +511,22 @@ def test_random_thresholds_change_no_word(target, seed):
     assert [one.tokens for one in found] == [one.tokens for one in words]
 
 
+def test_half_precision_parts_at_near_ties_alone(tiny_target_folder):
+    target = target_model.load(str(tiny_target_folder()), dtype="bfloat16", device="cpu")
+    words = decode_autoregressively(target, PROMPTS, max_new_tokens=NUM_NEW)
+    answers = {tuple(p): one.tokens for p, one in zip(PROMPTS, words, strict=True)}
+    drafter = cast.Drafter(Knowing(answers, target.vocab_size), table_of(), POLICIES["everything"])
+    questions = [(f"{row}", prompt) for row, prompt in enumerate(PROMPTS)]
+    found = losslessness.losslessness(
+        target, {"CAST": drafter}, questions, prompts="chat", max_new_tokens=NUM_NEW, batch=4
+    )
+    near = found[found["quantity"] == "near_tie"].iloc[0]
+    logged = found[found["quantity"] == "divergence"]
+    assert near["value"] == 0 and near["num_prompts"] == len(PROMPTS)
+    assert len(logged) == near["num_divergences"], "every place where it parted is listed"
+    assert sum(map(sum, (now.accepted for now in drafter.shape.rounds))) > 10
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.6, math.inf])
 def test_whole_sequences_follow_the_target(small_target, threshold):
     """Joint chi-square of three tokens against the exact distribution, at three thresholds."""
@@ -481,7 +544,7 @@ def test_whole_sequences_follow_the_target(small_target, threshold):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"utility": "sum"}, "unknown utility 'sum'; choose layer_sum or pool_gain"),
+        ({"utility": "sum"}, "unknown utility 'sum'; choose layer_sum, pool_gain, net_gain"),
         ({"strictness": -1.0}, "strictness not negative"),
         ({"thresholds": (4.0, math.nan, 1.0)}, "must be numbers"),
         ({"num_ratios": 0}, "num_ratios >= 1"),

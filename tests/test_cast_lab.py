@@ -11,18 +11,19 @@ from test_eagle3 import make_head
 from tree_drafters import Knowing
 
 from specrepro import cast, cast_figures, cast_lab, cast_rows, claims, eagle3, experiment, replay
-from specrepro.cast_lab import CAST, DEFAULT, Lab
-from specrepro.cast_plan import PLANS, Plan
+from specrepro.cast_lab import BEST, CAST, DEFAULT, PLANS, Lab, Plan
 from specrepro.cost_table import Grid
 from specrepro.decoding import decode_autoregressively
 from specrepro.eagle3 import TreeConfig
 from specrepro.measure import Record
 
 PLAN = Plan(
-    ("chat", "humaneval"), ("chat",), 2, 2, 2,
-    Grid((1, 2), 64, 1, (1, 2, 4, 9), (1, 4), warm_up=1, repeats=2),
-    Grid((1,), 64, 1, (1, 9), (1, 4), warm_up=1, repeats=2),
-    TreeConfig(2, 4, 2), (1, 2), (1, 4), (("float32", 1), ("bfloat16", 1)),
+    greedy={1: ("chat", "humaneval"), 2: ("chat",)}, sampled={1: ("chat",)},
+    elsewhere={1: ("chat",)}, batch=2, num_together=2, num_traces=2, num_chosen_on=2,
+    grid=Grid((1, 2), 64, 1, (1, 2, 4, 9), (1, 4), warm_up=1, repeats=2),
+    other_grid=Grid((1,), 64, 1, (1, 9), (1, 4), warm_up=1, repeats=2), modelled=(1, 2),
+    recorded=TreeConfig(2, 4, 2), replayed=(0.0, 1.0), depths=(1, 2), widths=(1, 4),
+    factors=(0.5, 1.0), machines=(("float32", 1), ("bfloat16", 1)),
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def lab(tiny_chat_folder, tmp_path_factory) -> Lab:
     head = eagle3.save_head(make_head(run.target), folder / "head")
     found = Lab(run, head, TreeConfig(3, 6, 12), PLAN)
     found.draft = lambda target=None, tree=None: Knowing(answers, 100, tree)
+    found.modelled = found.modelled[:1]
     run.depends_on(**found.identity)
     return found
 
@@ -52,17 +54,19 @@ def lab(tiny_chat_folder, tmp_path_factory) -> Lab:
 def rows(lab) -> pd.DataFrame:
     """All that the notebook keeps, but for the losslessness check."""
     run = lab.run
-    run.stage("cost", lambda: lab.cost_rows([*lab.machines(), *lab.modelled()[:1]]))
-    run.stage("confidence", lab.confidence)
-    for batch in (1, PLAN.batch):
-        found = lab.compare(batch)
-        run.keep(run.decode_rows(found), lab.agreement(found, batch))
-        run.keep(cast_lab.gains(found, CAST, DEFAULT).assign(costs="clock"))
-    run.stage("replay_sweep", lambda: lab.sweep(lab.batches))
-    run.stage("replay", lambda: lab.replays([*lab.machines(), *lab.modelled()[:1]]))
-    run.stage("ablation", lambda: lab.ablation((1, 2)))
-    run.stage("choice", lambda: lab.choices(lab.batches))
-    run.stage("sensitivity", lambda: lab.sensitivity((1,), (0.5, 1.0)))
+    for batch in PLAN.greedy:
+        run.keep(*cast_rows.timed(lab, batch))
+    for name, make in (
+        ("cost", cast_rows.costs),
+        ("confidence", cast_rows.confidence),
+        ("elsewhere", cast_rows.elsewhere),
+        ("replay_sweep", cast_rows.sweep),
+        ("replay", cast_rows.replays),
+        ("ablation", cast_rows.ablation),
+        ("choice", cast_rows.choices),
+        ("sensitivity", cast_rows.sensitivity),
+    ):
+        run.stage(name, lambda make=make: make(lab))
     return run.rows
 
 
@@ -92,7 +96,7 @@ def test_what_is_replayed_and_what_is_modelled_says_so(rows):
     replayed = rows[rows["quantity"].isin(["replay", "ablation", "sensitivity", "replay_sweep"])]
     assert (replayed["source"] != claims.MEASURED_NOW).all()
     modelled = rows[rows["machine"].fillna("").str.contains("modelled")]
-    assert set(modelled["costs"]) == {"modelled"}
+    assert set(modelled["costs"]) == {"modelled"} and len(modelled)
     assert set(rows.loc[rows["costs"] == "modelled", "machine"]) == set(modelled["machine"])
     assert rows.loc[rows["quantity"] == "decode", "costs"].isna().all()
     own = rows[(rows["quantity"] == "replay") & (rows["costs"] == "table")]
@@ -105,7 +109,8 @@ def test_claims_find_their_rows_and_none_finds_two(rows):
     assert not ambiguous
     for name in (
         "faster", "gains-5-percent", "above-eagle3-batch-1", "tau-rises-with-size",
-        "confidence-is-linear", "own-replay-batch-1", "llama-3.1-8b-cast",
+        "confidence-is-linear", "own-replay-batch-1", "llama-3.1-8b-cast", "own-policy-time",
+        "own-profile-time", "own-best-fixed-batch-1",
     ):  # fmt: skip
         assert verdicts[name].verdict != "not tested", f"{name}: {verdicts[name].why}"
 
@@ -125,66 +130,101 @@ def test_claims_hold_what_the_tables_say():
     assert (below["CAST"] < below["EAGLE-3"]).sum() == 3
 
 
-def test_chosen_on_are_other_prompts_than_the_reported(lab):
+def test_cast_starts_from_other_prompts_than_the_reported(lab):
     reported = {(trace.prompts, trace.prompt_id) for trace in lab.traces}
     chosen_on = {(trace.prompts, trace.prompt_id) for trace in lab.traces_to_choose_on}
     decoded = {(r.prompts, r.prompt_id) for batch in (1, 2) for r in lab.compare(batch)}
     assert len(chosen_on) == 4 and not chosen_on & (reported | decoded)
     assert decoded <= reported
+    assert {trace.temperature for trace in lab.traces} == {0.0, 1.0}
+    assert {trace.temperature for trace in lab.traces_to_choose_on} == {0.0}
 
 
-def test_the_best_fixed_tree_is_the_fastest_of_the_grid(lab):
-    best = lab.best_fixed(2)
-    speeds = {}
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_fixed_tree_of_the_grid_beats_the_one_chosen_with_hindsight(lab, batch):
+    """On the very prompts that are reported, so that it flatters the baseline alone."""
+    best, speeds = lab.best_fixed(batch, lab.costs), {}
+    traces = cast_lab.of_one_set(lab.replayed(), batch)
     for depth in PLAN.depths:
         for top_k in PLAN.widths:
             for size in (2, 4, 9):
                 tree = TreeConfig(depth, top_k, size)
-                speeds[tree] = cast_lab._rate(
-                    cast_lab._of_one_set(lab.traces_to_choose_on, 2), tree, lab.costs, 2, None
-                )
+                records = replay.replay(traces, tree, lab.costs, method="", batch=batch)
+                speeds[tree] = replay.tokens_per_second(records)
     assert speeds[best] == max(speeds.values()) > min(speeds.values())
 
 
-def test_tables_of_other_formats_are_measured_in_them(lab):
-    machines = {table.machine: table.header for table in lab.machines()}
+def test_other_machines_are_profiled_and_decoded_as_what_they_are(lab, rows):
+    machines = {table.machine: table.header for table in lab.machines}
     assert machines["bfloat16, 1 thread"]["dtype"] == "bfloat16"
     assert lab.costs.header["dtype"] == "float32" and lab.costs.header["threads"] == 1
     assert len(machines) == 2, "the run's own machine is measured once"
+    decoded = rows[rows["quantity"] == "decode_elsewhere"]
+    assert set(decoded["dtype"]) == {"bfloat16"} and set(decoded["method"]) >= {CAST, BEST}
+    records = lab.compare_as(lab.machines[1], 1)
+    assert {record.dtype for record in records} == {"bfloat16"}
+    assert set(rows.loc[rows["costs"] == "other clock", "quantity"]) == {
+        "decode_elsewhere", "gain", "replay_check",
+    }  # fmt: skip
+
+
+KEYS = ("batch", "method", "versus")
+
+
+def test_the_largest_gain_here_is_found_and_no_modelled_one_counts(rows):
+    gained = rows[(rows["quantity"] == "gain") & (rows["temperature"] == 0)]
+    best = rows[rows["quantity"] == "best_gain"]
+    assert len(best) == 8, "two batch sizes, two variants, two to hold them against"
+    for row in best.to_dict("records"):
+        same = gained[[all(row[k] == one[k] for k in KEYS) for one in gained.to_dict("records")]]
+        here = same[same["costs"].isin(["table", "other table"])]
+        assert row["value"] == here["value"].max() and row["costs"] != "modelled"
+    assert (gained["costs"] == "modelled").any()
 
 
 def test_the_replay_counts_the_tokens_that_decoding_counts(lab, rows):
     """In float32 its rounds are those of decoding, so only seconds can differ."""
     for batch in (1, 2):
         decoded = {
-            (r.method, r.prompt_id): sum(r.emitted) / r.target_passes for r in lab.compare(batch)
+            (r.method, r.prompt_id): sum(r.emitted) / r.target_passes
+            for r in lab.compare(batch)
+            if not r.temperature
         }
-        for name, draft in lab._drafts(batch).items():
-            traces = [t for t in lab.traces if (name, t.prompt_id) in decoded]
+        for name, draft in lab.drafts(batch, lab.costs).items():
+            if name == cast_lab.EAGLE2:
+                continue
+            traces = [t for t in lab.traces if (name, t.prompt_id) in decoded and not t.temperature]
             for prompts in dict.fromkeys(trace.prompts for trace in traces):
                 mine = [t for t in traces if t.prompts == prompts]
                 for one in replay.replay(mine, draft, lab.costs, method=name, batch=batch):
                     expected = decoded[name, one.prompt_id]
                     assert sum(one.emitted) / one.target_passes == expected, (name, batch)
-    check = rows[rows["quantity"] == "replay_check"]
-    assert set(check["method"]) == {*lab._drafts(1)} and set(check["batch"]) == {1, 2}
+    check = rows[(rows["quantity"] == "replay_check") & (rows["costs"] == "clock")]
+    assert {*check["method"]} == {*lab.drafters(1), "Autoregressive"} and {*check["batch"]} == {
+        1,
+        2,
+    }
 
 
-def test_a_batch_larger_than_the_set_says_its_prompts_again(lab):
-    traces = cast_lab._of_one_set(lab.traces, 8)
-    assert len(lab.traces) == 4 and len(traces) == 8
-    assert len({trace.prompt_id for trace in traces}) == 8
-    assert {trace.prompts for trace in traces} == {"all"}
+def test_replays_fill_whole_batches_and_two_at_least(lab):
+    """A lone batch has no interval, and a batch that is not full is another batch size."""
+    for batch, expected in ((1, 4), (3, 6), (4, 8), (8, 16)):
+        traces = cast_lab.of_one_set(lab.replayed(), batch)
+        assert len(traces) == expected == len({trace.prompt_id for trace in traces})
+        assert {trace.prompts for trace in traces} == {"all"}
+    first = [trace.prompts for trace in lab.replayed()]
+    assert first == ["chat", "humaneval"] * 2, "sets by turns, so that batches are mixed"
 
 
 def test_ablations_end_at_eagle_3_and_at_cast(rows, lab):
     found = rows[(rows["quantity"] == "ablation") & (rows["batch"] == 1)].set_index("method")
     replayed = rows[
         (rows["quantity"] == "replay") & (rows["batch"] == 1) & (rows["costs"] == "table")
-    ].set_index("method")
+        & (rows["temperature"] == 0)
+    ].set_index("method")  # fmt: skip
     for name in (DEFAULT, CAST):
         assert found.loc[name, "speedup"] == pytest.approx(replayed.loc[name, "speedup"])
-    assert set(cast_lab.WITHOUT.values()) <= set(found.index)
+    assert set(cast_rows.WITHOUT.values()) <= set(found.index)
 
 
 # --- rows from records and rounds
@@ -243,10 +283,25 @@ def test_confidence_that_is_true_lies_on_the_diagonal_and_doubled_confidence_doe
 
 def test_plans_of_all_tiers_fit_their_tables():
     for tier, plan in PLANS.items():
-        assert experiment.tier_named(tier) and {1, plan.batch} <= set(plan.grid.batches)
+        assert experiment.tier_named(tier) and {*plan.greedy, plan.batch} <= {*plan.grid.batches}
         assert max(plan.widths) <= plan.recorded.top_k and max(plan.depths) <= plan.recorded.depth
-        assert set(plan.sets_together) <= set(plan.sets)
-        assert plan.num_traces >= plan.batch, "a batch would be filled with the same prompts"
+        assert all({*sets} <= {*plan.greedy[b]} for b, sets in plan.sampled.items())
+        assert {name for sets in plan.elsewhere.values() for name in sets} <= {*plan.sets}
+        # whatever is decoded was timed: EAGLE-3's default too, or its replay would be a guess
+        largest = min(eagle3.TreeConfig().total_tokens, max(plan.grid.sizes))
+        for batch in (1, plan.batch):
+            assert largest in plan.grid.sizes_of(batch) or tier == "smoke", f"{tier}, batch {batch}"
+    for tier in ("laptop", "full", "paper"):
+        assert PLANS[tier].grid.batches == (1, 2, 4, 8, 16, 32)
+
+
+def test_a_run_is_as_large_as_asked_for_or_as_its_plan_says():
+    assert cast_lab.sizes("laptop", 7, 9) == {"num_prompts": 7, "max_new_tokens": 9}
+    plan = PLANS["laptop"]
+    assert cast_lab.sizes("laptop") == {
+        "num_prompts": plan.num_prompts, "max_new_tokens": plan.max_new_tokens,
+    }  # fmt: skip
+    assert cast_lab.sizes("full") == {"num_prompts": 0, "max_new_tokens": 0}
 
 
 def test_a_grade_that_nobody_gives_is_refused(tmp_path):

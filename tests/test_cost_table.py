@@ -14,7 +14,7 @@ from tree_drafters import Foretelling, table_of
 
 from specrepro import cast, cost_model, cost_table, target_model
 from specrepro.cost_table import CostTable, Grid
-from specrepro.decoding import Autoregressive, decode
+from specrepro.decoding import Autoregressive, decode, decode_autoregressively
 from specrepro.eagle3 import TreeConfig
 from specrepro.target_model import Target
 
@@ -66,6 +66,7 @@ def test_sizes_between_are_interpolated_and_contexts_are_not():
     assert table.curve("target", 1, 99).tolist() == [110, 120, 130, 140, 150]
     assert table.cost("level", 1, 150, 3) == 230
     assert table.cost("rest", 1, 100_000, 99) == 250, "beyond what was timed, the most that was"
+    assert table.cost("target", 1, 150, 99) == 200 + 990, "a pass goes on along the last two sizes"
     assert table.round(1, 90, 2, [3, 1], 5) == 120 + 130 + 110 + 150 + 150
     # ten of the drafted nodes lie in the cache: the next level's context is in the next bucket
     assert table.round(1, 90, 2, [10, 1], 5) == 120 + 150 + 210 + 150 + 150
@@ -140,7 +141,7 @@ def test_every_size_of_the_grid_was_timed_often_enough(measured):
             assert found["target"] == set(GRID.sizes) and found["level"] == {1, 3, 4}
             assert found["extend"] and found["rest"]
             repeats = here[here["part"].isin(["target", "level"])]["repeats"]
-            assert repeats.min() >= GRID.repeats
+            assert repeats.min() >= GRID.repeats_of(batch)
     assert (points["value_low"] <= points["value"]).all()
     assert (points["value"] <= points["value_high"]).all() and (points["value"] > 0).all()
 
@@ -160,13 +161,14 @@ class Slow:
         return self.now
 
 
-def test_each_part_is_timed_by_what_runs_in_it(target, monkeypatch):
-    """A target that takes 1 s and 10 ms a node, a level of 20 ms a node, a start of 300 ms."""
+@pytest.fixture
+def slowed(target, monkeypatch) -> tuple[Slow, type[Foretelling]]:
+    """A target that takes 1 s and 10 ms a node of the batch; a level 20 ms a node, a start 300."""
     clock, verify = Slow(), target.verify
     monkeypatch.setattr(cost_table, "Clock", lambda device: clock)
 
     def slow_verify(cache, tree):
-        clock.now += 1 + 0.01 * tree.tokens.shape[1]
+        clock.now += 1 + 0.01 * tree.tokens.numel()
         return verify(cache, tree)
 
     class SlowDrafter(Foretelling):
@@ -184,9 +186,13 @@ def test_each_part_is_timed_by_what_runs_in_it(target, monkeypatch):
             super().observe(verdict, scores)
 
     monkeypatch.setattr(target, "verify", slow_verify)
-    table = cost_table.profile(
-        target, SlowDrafter([], target.vocab_size), {"top_k": 4}, replace(GRID, num_buckets=1)
-    )
+    return clock, SlowDrafter
+
+
+def test_each_part_is_timed_by_what_runs_in_it(target, slowed):
+    drafter = slowed[1]([], target.vocab_size)
+    grid = replace(GRID, batches=(1,), num_buckets=1)
+    table = cost_table.profile(target, drafter, {"top_k": 4}, grid)
     for part, expected in (
         ("target", lambda n: 1000 + 10 * n),
         ("level", lambda n: 20 * n),
@@ -195,6 +201,26 @@ def test_each_part_is_timed_by_what_runs_in_it(target, monkeypatch):
     ):
         rows = table.points[table.points["part"] == part]
         assert rows["value"].tolist() == pytest.approx([expected(n) for n in rows["num_tokens"]])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_table_foretells_what_rounds_take(target, slowed, batch):
+    """Within 10 %, rounds of any width, depth and size, summed as the running speedup sums them."""
+    clock, drafter_type = slowed
+    table = cost_table.profile(target, drafter_type([], target.vocab_size), {"top_k": 4}, GRID)
+    prompts = [[7] * 20, [9] * 12][:batch]
+    said = decode_autoregressively(target, prompts, max_new_tokens=40, ignore_stop=True)
+    source = drafter_type([one.tokens for one in said], target.vocab_size)
+    config = cast.Config(TreeConfig(2, 4, 12), depth=3, thresholds=(0.5, 0.5, 0.5))
+    drafter, began = cast.Drafter(source, table, config), clock.now
+    decode(target, drafter, prompts, 40, ignore_stop=True)
+    rounds = drafter.shape.rounds
+    foretold = sum(
+        table.round(one.batch, one.context, one.num_rows, one.widths, one.num_tokens)
+        for one in rounds
+    )
+    assert foretold / 1e3 == pytest.approx(clock.now - began, rel=0.1)
+    assert len({(*one.widths, one.num_tokens) for one in rounds}) > 2, "every round was alike"
 
 
 def test_the_parts_of_a_round_add_up_to_what_decoding_takes(target):

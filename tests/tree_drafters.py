@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specrepro.cost_table import PARTS, CostTable
 from specrepro.draft_tree import DraftTree, Growth, Shape
+from specrepro.replay import Trace, _Recorder, _stacked
 from specrepro.tree_verify import Verdict, verify_greedy
 
 OFF_TEXT = -1
@@ -101,6 +102,38 @@ class Knowing(Foretelling):
         super().begin(prompts, lengths, roots, scores)
         asked = [row[:n] for row, n in zip(prompts.tolist(), lengths.tolist(), strict=True)]
         self.rows = torch.tensor([self.known.get(tuple(prompt), 0) for prompt in asked])
+
+
+def honest_traces(num: int, length: int, shape: Shape, seed: int = 0) -> list[Trace]:
+    """Texts drawn from the very distributions drafted: confidences that are as good as their word.
+
+    The favoured continuation is said as often as the drafter trusts it; else a habit is followed.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    favoured = torch.randint(5, 90, (num, length + 1), generator=draws)
+    drafter = Foretelling(favoured.tolist(), 100)
+    drafter.trust = 0.9 * torch.rand(drafter.text.shape, generator=draws) ** 0.5
+    said = favoured.clone()
+    for place in range(length):
+        habit = torch.multinomial(drafter.habits[said[:, place]], 1, generator=draws)[:, 0]
+        follows = torch.rand(num, generator=draws) < drafter.trust[:, place]
+        said[:, place + 1] = torch.where(follows, favoured[:, place + 1], habit)
+    recorder = _Recorder(drafter, shape)
+    recorder.begin(None, None, said[:, 0], None)
+    for place in range(length):
+        recorder.propose()
+        drafter.places, drafter.roots = drafter.places + 1, said[:, place + 1]
+    common = ("chat", 0.0, 0, "tiny", "float32", 100, shape.depth, shape.top_k)
+    names = ("prompts", "temperature", "seed", "target", "dtype", "context", "depth", "top_k")
+    return [
+        Trace(
+            **dict(zip(names, common, strict=True)),
+            prompt_id=str(row),
+            tokens=words,
+            **_stacked(pools),
+        )
+        for row, (words, pools) in enumerate(zip(said.tolist(), recorder.pools, strict=True))
+    ]
 
 
 def table_of(
