@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 INTERRUPTED = "interrupted; nothing measured is lost, go on with --resume"
@@ -25,7 +26,7 @@ try:  # these take seconds
     from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
     from papermill.exceptions import PapermillExecutionError
 
-    from specrepro import assets, claims, experiment, prompts
+    from specrepro import assets, claims, experiment, paper_tier, prompts, tts
     from specrepro.experiment import PAPERS, ROOT, TIERS
 except KeyboardInterrupt:
     print(f"reproduce.sh: {INTERRUPTED}", file=sys.stderr)
@@ -133,6 +134,10 @@ def notebook_parameters(notebook: Path, options: argparse.Namespace) -> dict[str
         if name in FLAGS:
             raise WrongCall(f"parameter {name} is set with {FLAGS[name]}, not with -p")
         given[name] = _typed(name, value, known[name]["inferred_type_name"])
+    if options.tier == "paper" and "target" in known:
+        model = experiment.reported_model(notebook.stem)
+        target = next(one.target for one in paper_tier.published() if one.model == model)
+        given.setdefault("target", target)
     return given
 
 
@@ -252,7 +257,9 @@ papermill_engines.register(ENGINE, _Engine)
 def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> str:
     """What a run would measure, fetch, take and write."""
     chosen, target = TIERS[tier], str(parameters.get("target", "smollm2"))
-    num_prompts = parameters.get("num_prompts") or chosen.num_prompts
+    default = tts.SIZES[tier] if paper == "tts" else chosen
+    num_prompts = parameters.get("num_prompts") or default.num_prompts
+    max_new_tokens = parameters.get("max_new_tokens") or default.max_new_tokens
     is_embedded = target == "smollm2"
     archives = [
         f"{name} ({'here' if assets.is_here(name) else 'to be fetched'})"
@@ -264,8 +271,10 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         "paper": PAPERS[paper],
         "tier": f"{tier}, {chosen.about}",
         "target": target,
-        "measures": f"{num_prompts} prompts of each of {len(prompts.PROMPT_SETS)} sets at"
-        f" temperature 0 and 1, {chosen.max_new_tokens} new tokens, {chosen.repeats} repeats",
+        "measures": tts.measures(tier, num_prompts, max_new_tokens)
+        if paper == "tts"
+        else f"{num_prompts} prompts of each of {len(prompts.PROMPT_SETS)} sets at"
+        f" temperature 0 and 1, {max_new_tokens} new tokens, {chosen.repeats} repeats",
         "time": f"{chosen.time} on two CPU cores" if is_embedded else "as the target takes",
         "memory": "under 6 GB"
         if is_embedded
@@ -274,6 +283,16 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         "archives": ", ".join(archives),
         "writes": f"{folder}: results.csv, verdict.json, manifest.json, fig_*.png, executed.ipynb",
     }
+    if tier == "paper" and (published := paper_tier.find(target)):
+        named = ("target", "checkpoint", "prompts_dir", "from_scratch")
+        given = {name: parameters[name] for name in named if name in parameters}
+        sizes = num_prompts, max_new_tokens, chosen.repeats
+        if paper == "tts":  # four answers to a question at either temperature
+            sizes = 4 * num_prompts, max_new_tokens, 1
+            given["sets"] = tuple(tts.reasoning.FROM_HUB.values())
+            published = replace(published, depth=tts.TREE_DEPTH)
+        lines |= paper_tier.Plan(published, *sizes, **given).lines()
+        del lines["archives"]
     return "\n".join(f"{name:9} {value}" for name, value in lines.items())
 
 

@@ -34,6 +34,7 @@ from specrepro import (
     figures,
     losslessness,
     measure,
+    paper_tier,
     prompts,
     rows,
 )
@@ -43,7 +44,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAPERS = {
     "eagle3": "EAGLE-3: a draft head on fused features, trained by testing itself (2503.01840)",
+    "cast": "CAST: the draft tree grown against the measured cost of inference (2510.26577)",
+    "tts": "SpecTTS-Bench: trained and training-free drafters at test-time scaling (2509.04474)",
 }
+REPORTED_MODEL = {"tts": "Qwen3-8B"}  # of a paper's tables, where it is not Llama-3.1-8B
 COMMITTED = "committed full rows"
 NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 Loaders = Mapping[str, Callable[[targets.Target], decoding.Drafter]]
@@ -88,6 +92,7 @@ class Run:
         max_new_tokens: int = 0,
         seed: int = 0,
         figures_dir: str | Path = "figures",
+        prompts_dir: str = "",
     ):
         if min(num_prompts, max_new_tokens) < 0:
             raise ValueError(
@@ -95,13 +100,19 @@ class Run:
                 " give at least 1, or 0 for the tier's"
             )
         self.paper, self.tier_name, self.tier = paper, tier, tier_named(tier)
+        self.published = paper_tier.find(target) if tier == "paper" else None
+        if dtype == "auto" and self.published:
+            dtype = self.published.dtype
         self.target_name, self.dtype, self.seed = target, dtype, seed
+        self.prompts_dir = prompts_dir  # of tier paper: a folder for each set, in place of the Hub
         self.num_prompts = num_prompts or self.tier.num_prompts
         self.max_new_tokens = max_new_tokens or self.tier.max_new_tokens
         self.folder = Path(figures_dir) / paper
         self.records = records_folder(self.folder, tier)
         # of a drafter trained here: a sample of the corpus is no start for all of it
         self.work = Path("runs") / ("sample" if self.tier.num_answers else "whole") / paper
+        if tier == "paper":  # where targets are many
+            self.work = Path("runs") / Path(target).name / paper
         self._began = time.perf_counter()
         self._tables: list[pd.DataFrame] = []
         require_writable(self.folder)
@@ -120,7 +131,10 @@ class Run:
             "max_new_tokens": self.max_new_tokens,
             "repeats": self.tier.repeats,
             "seed": self.seed,
-        } | json.loads(json.dumps(what))
+        }
+        if self.prompts_dir:
+            self.identity["prompts_dir"] = self.prompts_dir
+        self.identity |= json.loads(json.dumps(what))
         path = self.records / "identity.json"
         before = json.loads(path.read_text()) if path.is_file() else self.identity
         if before != self.identity:
@@ -134,7 +148,10 @@ class Run:
 
     @cached_property
     def target(self) -> targets.Target:
-        return targets.load(self.target_name, dtype=self.dtype)
+        target = targets.load(self.target_name, dtype=self.dtype)
+        if self.published:
+            self.published.prepare(target.tokenizer)
+        return target
 
     @cached_property
     def _exact_target(self) -> targets.Target:
@@ -146,10 +163,41 @@ class Run:
 
     def questions(self, name: str, num_prompts: int = 0) -> list[tuple[str, list[int]]]:
         """The first prompts of a set as (id, token ids): the papers' own sets at tier `paper`."""
-        load = prompts.load_from_hub if self.tier_name == "paper" else prompts.load
-        chosen = load(name, num_prompts or self.num_prompts, self.seed)
+        asked = name, num_prompts or self.num_prompts, self.seed
+        if self.tier_name == "paper":
+            folder = Path(self.prompts_dir) / name if self.prompts_dir else None
+            chosen = prompts.load_from_hub(*asked, source=folder)
+        else:
+            chosen = prompts.load(*asked)
+        if self.published:
+            chosen = [self.published.put(one) for one in chosen]
         room = self.target.max_context - self.max_new_tokens
         return [(one.id, prompts.encode(self.target.tokenizer, one, room)) for one in chosen]
+
+    def head(self, named: str, from_scratch: bool = False) -> str:
+        """Folder of the head to draft with; empty leaves the choice to the recipes.
+
+        At tier `paper` a Hub id may be named, and the target's released head is the default.
+        """
+        if self.tier_name != "paper" or from_scratch:
+            return named
+        wanted = named or (self.published.head if self.published else "")
+        if not wanted and self.target_name != targets.EMBEDDED:
+            raise ValueError(
+                f"no released head is known for target {self.target_name!r}: name one with"
+                " -p checkpoint, train one with --from-scratch, or choose one of"
+                f" {', '.join(one.target for one in paper_tier.published())}"
+            )
+        return str(paper_tier.obtain_head(wanted)) if wanted else ""
+
+    def tree(self, **sizes: int) -> dict[str, int]:
+        """Sizes of the draft tree, where 0 is the checkpoint's; at tier `paper` the paper's."""
+        return self.published.tree(**sizes) if self.published else sizes
+
+    @property
+    def reported_model(self) -> str:
+        """The name, in the paper's tables, of the target to draw beside this one."""
+        return self.published.model if self.published else reported_model(self.paper)
 
     def compare(
         self,
@@ -157,12 +205,16 @@ class Run:
         sets: Sequence[str] = tuple(prompts.PROMPT_SETS),
         temperatures: Sequence[float] = (0.0, 1.0),
         batch: int = 1,
+        num_prompts: int = 0,
     ) -> list[measure.Record]:
-        """Decode the prompt sets by every method and the baseline, unless that is on record."""
+        """Decode the prompt sets by every method and the baseline, unless that is on record.
+
+        `num_prompts` of each set, where 0 is the run's number.
+        """
         settings = [(name, temperature) for name in sets for temperature in temperatures]
         records = [
             measure.compare(
-                self.target, methods, self.questions(name), prompts=name,
+                self.target, methods, self.questions(name, num_prompts), prompts=name,
                 path=self.records / "decoded.jsonl", temperature=temperature,
                 max_new_tokens=self.max_new_tokens, batch=batch, repeats=self.tier.repeats,
                 seed=self.seed,
@@ -174,18 +226,6 @@ class Run:
     def decode_rows(self, records: Sequence[measure.Record]) -> pd.DataFrame:
         """Rows of quantity "decode" from records, with intervals."""
         return rows.rows_of(records, self.environment, self.tier_name, paper=self.paper)
-
-    def sweep(
-        self, settings: Mapping[str, tuple[decoding.Drafter, dict[str, object]]], name: str = "chat"
-    ) -> pd.DataFrame:
-        """Drafters on one prompt set, greedy: rows of quantity "sweep" with each one's columns."""
-        drafters = {method: drafter for method, (drafter, _) in settings.items()}
-        found = self.decode_rows(self.compare(drafters, (name,), (0.0,)))
-        found = found[(found["quantity"] == "decode") & found["method"].isin(settings)]
-        columns = pd.DataFrame([settings[method][1] for method in found["method"]], found.index)
-        return found.drop(columns=["quantity", *columns.columns], errors="ignore").assign(
-            quantity="sweep", **columns
-        )
 
     def keep(self, *tables: pd.DataFrame) -> None:
         """Add rows to the run's, stamped with where they come from."""
@@ -201,22 +241,19 @@ class Run:
             checkpoints.write_text(path, made.to_csv(index=False))
         self.keep(pd.read_csv(path))
 
-    def stage_or_recall(self, name: str, make: Callable[[], pd.DataFrame]) -> None:
-        """A long stage: measured, except at `laptop` where the repository has its rows already."""
-        found = self._committed(name) if self.tier_name == "laptop" else pd.DataFrame()
-        if len(found):
-            self._tables.append(found)
-        else:
-            self.stage(name, make)
+    def recall(self, stage: str) -> bool:
+        """Add the rows of a stage that the `full` tier left in the repository, marked as such.
 
-    def _committed(self, quantity: str) -> pd.DataFrame:
-        """The rows of one quantity that the `full` tier left in the repository, marked as such."""
+        They are told by the column `stage`; False where there are none of this target.
+        """
         path = ROOT / "figures" / self.paper / "results.csv"
-        if not path.is_file():
-            return pd.DataFrame()
-        found = pd.read_csv(path)
-        is_wanted = (found["quantity"] == quantity) & (found["tier"] == "full")
-        return found[is_wanted].assign(source=COMMITTED)
+        found = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+        if "stage" not in found:
+            return False
+        found = found[(found["stage"] == stage) & (found["tier"] == "full")]
+        found = found[found["target"] == measure.target_name(self.target)]
+        self._tables.append(found.assign(source=COMMITTED))
+        return len(found) > 0
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -236,18 +273,23 @@ class Run:
         loaders: Loaders,
         controls: Loaders | None = None,
         sets: Sequence[str] = ("chat", "humaneval"),
+        num_prompts: int = 0,
     ) -> pd.DataFrame:
         """Is every method lossless, at batch 1 and 4?
 
-        In the run's own dtype only near ties may part; float32 carries the claim of exactness.
+        In the run's own dtype only near ties may part; float32 carries the claim of exactness,
+        and is left out where the target does not fit its device in it.
         Where prompts are many, drafters that draft badly are asked too: `controls`, and one that is
         always wrong. Each set, dtype and batch size is a stage of its own, to resume from.
+        `num_prompts` of each set, where 0 is the tier's share.
         """
         if self.tier.audited_prompts >= 40:
             wrong = {"wrong drafts": lambda target: losslessness.WrongDrafts()}
             loaders = {**loaders, **(controls or {}), **wrong}
-        num_prompts = max(1, self.tier.audited_prompts // len(sets))
-        cases = itertools.product(dict.fromkeys((self.dtype, "float32")), sets, (1, 4))
+        num_prompts = num_prompts or max(1, self.tier.audited_prompts // len(sets))
+        exact = ("float32",) if self.published is None or self.published.exact else ()
+        own = measure.dtype_name(self.target)  # what "auto" came to
+        cases = itertools.product(dict.fromkeys((own, *exact)), sets, (1, 4))
         for dtype, name, batch in cases:
             audit = partial(self._audit, loaders, dtype, name, num_prompts, batch)
             self.stage(f"audit_{dtype}_{name}_{batch}", audit)
@@ -256,7 +298,7 @@ class Run:
     def _audit(
         self, loaders: Loaders, dtype: str, name: str, num_prompts: int, batch: int
     ) -> pd.DataFrame:
-        is_own = dtype == self.dtype
+        is_own = dtype == measure.dtype_name(self.target)
         target = self.target if is_own else self._exact_target
         return losslessness.losslessness(
             target, {method: load(target) for method, load in loaders.items()},
@@ -285,6 +327,11 @@ class Run:
         }
         checkpoints.write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         return verdicts
+
+
+def reported_model(paper: str) -> str:
+    """The model of a paper's tables that a smaller target is set beside."""
+    return REPORTED_MODEL.get(paper, "Llama-3.1-8B")
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
@@ -371,16 +418,28 @@ def with_tables(text: str) -> str:
 
 
 def table_of(paper: str) -> str:
-    """Speedup and tau per prompt set with intervals, measured beside reported, in Markdown."""
-    found = best_tier(pd.read_csv(ROOT / "figures" / paper / "results.csv"))
-    decoded = found[(found["quantity"] == "decode") & (found["batch"] == 1)]
-    decoded = decoded[decoded["method"] != measure.AUTOREGRESSIVE]
+    """Speedup and tau per prompt set with intervals, measured beside reported, in Markdown.
+
+    With a column of batch sizes, or of paradigms, where the paper's own tables have one.
+    """
+    path = ROOT / "figures" / paper / "results.csv"
+    if not path.is_file():
+        return "Not measured yet.\n"
     reported = claims.reported(paper)
-    head = (
-        "| method | T | prompts | n | speedup [95 %] | tau [95 %] | reported (Llama-3.1-8B) |\n"
-        "|---|---|---|---|---|---|---|\n"
-    )
-    lines = [_table_line(row, reported) for row in decoded.to_dict("records")]
+    reported = reported[(reported["quantity"] == "decode") & (reported["by"] == "authors")]
+    reported = reported[reported["model"] == "Llama-3.1-8B"]
+    batches = reported["batch"].dropna().unique() if "batch" in reported else []
+    found = pd.read_csv(path)
+    decoded = found[(found["quantity"] == "decode") & found["batch"].isin([1, *batches])]
+    decoded = decoded[decoded["method"] != measure.AUTOREGRESSIVE]
+    if decoded.empty:
+        return "Not measured yet.\n"
+    decoded = best_tier(decoded)
+    keys = ["method", "temperature", *(["batch"] if len(batches) else []), "prompts"]
+    names = ["method", "T", *(["batch"] if len(batches) else []), "prompts", "n", "speedup [95 %]"]
+    names += ["tau [95 %]", "reported (Llama-3.1-8B)"]
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+    lines = [_table_line(row, keys, reported) for row in decoded.to_dict("records")]
     return head + "".join(lines) + _provenance(decoded)
 
 
@@ -390,21 +449,27 @@ def best_tier(found: pd.DataFrame) -> pd.DataFrame:
     return found[found["tier"] == present[-1]]
 
 
-def _table_line(row: Mapping[str, object], reported: pd.DataFrame) -> str:
-    beside = reported[
-        (reported["model"] == "Llama-3.1-8B")
-        & (reported["table"] == "Table 1")
-        & (reported["method"] == row["method"])
-        & (reported["prompts"] == row["prompts"])
-        & (reported["temperature"] == row["temperature"])
-    ]
-    theirs = [f"{one['speedup']:.2f}x / {one['tau']:.2f}" for one in beside.to_dict("records")]
-    ours = [
-        f"{row[name]:.2f}{unit} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
-        for name, unit in (("speedup", "x"), ("tau", ""))
-    ]
-    cells = [row["method"], f"{row['temperature']:g}", row["prompts"], f"{row['num_prompts']:g}"]
-    return "| " + " | ".join([*cells, *ours, *(theirs or ["-"])]) + " |\n"
+def _table_line(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFrame) -> str:
+    is_beside = pd.Series(True, index=reported.index)
+    for key in keys:
+        is_beside &= reported[key] == row[key]
+    theirs = [_reported_cell(one) for one in reported[is_beside].to_dict("records")][:1]
+    ours = [_measured_cell(row, name, unit) for name, unit in (("speedup", "x"), ("tau", ""))]
+    place = [f"{row[key]:g}" if key in ("temperature", "batch") else row[key] for key in keys]
+    cells = [*place, f"{row['num_prompts']:g}", *ours, *(theirs or ["-"])]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _reported_cell(cell: Mapping[str, object]) -> str:
+    tau = cell.get("tau")
+    return f"{cell['speedup']:.2f}x" + ("" if tau is None or pd.isna(tau) else f" / {tau:.2f}")
+
+
+def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
+    """A number and its interval, which a lone prompt or batch has not."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{row[name]:.2f}{unit}{ends}"
 
 
 def _provenance(decoded: pd.DataFrame) -> str:

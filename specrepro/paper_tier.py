@@ -10,6 +10,7 @@ Not covered: a target on more than one device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -123,6 +124,7 @@ class Plan:
     checkpoint: str = ""
     prompts_dir: str = ""
     from_scratch: bool = False
+    sets: tuple[str, ...] = tuple(prompts.PROMPT_SETS)
 
     def lines(self) -> dict[str, str]:
         """What the run would use, fetch and take, by name."""
@@ -133,7 +135,7 @@ class Plan:
             "others": ", ".join(others),
             "head": self._head(),
             "tree": f"depth {one.depth}, top-k {one.top_k}, {one.total_tokens} nodes",
-            "prompts": self.prompts_dir or _prompt_sources(),
+            "prompts": self.prompts_dir or _prompt_sources(self.sets),
             "fetches": self._fetches(),
             "disk": f"{self._num_bytes_on_disk() / GB:.0f} GB, an estimate",
             "memory": self._memory(),
@@ -155,7 +157,7 @@ class Plan:
         parts = (
             f"target {2 * self.one.parameters / GB:.1f} GB",
             f"head {head / GB:.2f} GB" if head else "head of a size not known here",
-            f"prompt sets about {PROMPTS_BYTES / GB:.0f} GB",
+            f"prompt sets about {self._num_bytes_of_prompts() / GB:g} GB",
         )
         wanted = [
             part for part, is_fetched in zip(parts, self._is_fetched(), strict=True) if is_fetched
@@ -164,10 +166,17 @@ class Plan:
 
     def _num_bytes_on_disk(self) -> float:
         """The target as it is released, in 16 bits; the head twice, since it is converted."""
-        sizes = 2 * self.one.parameters, 2 * _num_bytes_of_head(self.one), PROMPTS_BYTES
+        sizes = (
+            2 * self.one.parameters,
+            2 * _num_bytes_of_head(self.one),
+            self._num_bytes_of_prompts(),
+        )
         return sum(
             size for size, is_fetched in zip(sizes, self._is_fetched(), strict=True) if is_fetched
         )
+
+    def _num_bytes_of_prompts(self) -> float:
+        return PROMPTS_BYTES if "summarisation" in self.sets else 0.1 * GB
 
     def _memory(self) -> str:
         """On one device: weights in the run's precision, and in float32 where that is audited."""
@@ -180,7 +189,7 @@ class Plan:
     def _time(self) -> str:
         """From the bytes that a pass reads, for both arms at both temperatures."""
         seconds_of_a_pass = BYTES[self.one.dtype] * self.one.parameters / BANDWIDTH
-        num_prompts = self.num_prompts * len(prompts.PROMPT_SETS)
+        num_prompts = self.num_prompts * len(self.sets)
         num_tokens = num_prompts * self.repeats * self.max_new_tokens
         passes = num_tokens * sum(1 + 1 / speedup for speedup in self.one.speedup)
         fastest = passes * seconds_of_a_pass / 3600
@@ -190,8 +199,8 @@ class Plan:
         )
 
 
-def _prompt_sources() -> str:
-    sets = [prompts.HUB_SETS[name] for name in prompts.PROMPT_SETS]
+def _prompt_sources(names: Sequence[str]) -> str:
+    sets = [prompts.HUB_SETS[name] for name in names]
     return ", ".join(f"{one.dataset} at {(one.revision or 'its newest')[:12]}" for one in sets)
 
 

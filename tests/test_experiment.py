@@ -111,6 +111,21 @@ def test_a_stage_is_measured_once_per_configuration(tiny_run):
     assert tiny_run.of("pass_cost")["value"].tolist() == [1.0, 1.0, 2.0]
 
 
+def test_where_auto_comes_to_float32_nothing_is_audited_twice(tiny_run, monkeypatch):
+    audited = []
+
+    def losslessness(target, *_, **options):
+        audited.append((str(target.dtype), options["prompts"], options["batch"]))
+        return pd.DataFrame({"quantity": ["losslessness"], "value": [0.0]})
+
+    assert str(tiny_run.target.dtype) == "torch.float32"
+    tiny_run.dtype = "auto"  # as it was asked for
+    tiny_run.depends_on(checkpoint="one")
+    monkeypatch.setattr(experiment.losslessness, "losslessness", losslessness)
+    tiny_run.audit({})
+    assert len(audited) == len(set(audited)) == 4, "two sets, alone and four together"
+
+
 @pytest.mark.parametrize("name", ["num_prompts", "max_new_tokens"])
 def test_a_negative_number_is_refused_rather_than_sliced_by(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name}.* -3.*give at least 1, or 0 for the tier's"):

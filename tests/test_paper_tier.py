@@ -288,7 +288,7 @@ def test_the_whole_notebook_reaches_its_verdict_where_the_paper_reports_nothing(
     found = {verdict.id: verdict.verdict for verdict in names["verdicts"]}
     assert found["lossless-greedy"] == "direction holds"
     assert found["llama-3.1-8b-greedy-tau"] == "proxy", "another target's number"
-    assert len(list((tmp_path / "figures" / "eagle3").glob("fig_*.png"))) == 5
+    assert len(list((tmp_path / "figures" / "eagle3").glob("fig_*.png"))) == 7
 
 
 def test_half_precision_and_the_float32_audit_are_the_settings(one, tmp_path):

@@ -1,0 +1,171 @@
+"""EAGLE-3's figures beside Table 1, in the one plotting style (`figures`), from rows alone.
+
+Each takes all rows of a run and the paper's reported cells, drawn as hollow marks. Heads trained on
+one budget are compared with each other; what that budget was, the rows say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from specrepro.figures import (
+    _DASHED,
+    _banded_line,
+    _colours,
+    _figure,
+    _footnote,
+    _hollow_lines,
+    _legend,
+    _of_quantity,
+    acceptance_by_depth,
+    speedup_and_tau,
+    style,
+    tree_sweep,
+)
+
+Reported = pd.DataFrame | None
+LABELS = {
+    "tau": "tau (tokens per target pass)",
+    "speedup": "speedup (times autoregressive)",
+    "tokens_per_second": "throughput (tokens per second)",
+}
+TABLE_2 = ("chat", "maths")
+
+
+def baselines(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """Table 1's methods on every prompt set."""
+    return speedup_and_tau(rows, reported)
+
+
+def ablation(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """Table 2, and what drafting without training-time test gives: greedy, on its two sets."""
+    ours = _of_quantity(rows, "ablation", ["method", "prompts", "tau"])
+    ours = ours[ours["prompts"].isin(TABLE_2) & (ours["temperature"] == 0)]
+    return speedup_and_tau(ours.assign(quantity="decode"), _of_table(reported, "Table 2", "decode"))
+
+
+def ablation_by_depth(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """n-alpha of chains with and without training-time test, and EAGLE's."""
+    ours = _of_quantity(rows, "ablation_by_depth", ["method", "depth", "value"])
+    return acceptance_by_depth(ours.assign(quantity="acceptance_by_depth"), reported)
+
+
+def data_scaling(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """Tau and speedup by the amount of training data, on a scale of doublings."""
+    ours = _of_quantity(rows, "data_scaling", ["method", "data_scale", "tau"])
+    theirs = _of_table(reported, "data scaling figure")
+    figure = _along(ours, "data_scale", ("tau", "speedup"), "method", theirs)
+    for axes in figure.axes:
+        axes.set_xlabel("training data (times the smallest)")
+    return figure
+
+
+def throughput(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """Speedup and throughput by batch size, of chains of 3 and of trees."""
+    ours = _of_quantity(rows, "throughput", ["method", "batch", "speedup"])
+    ours = ours.assign(shape=ours["shape"].fillna("no draft"))
+    theirs = _of_table(reported, "SGLang batch table")
+    if theirs is not None:  # beyond what is measured here there is nothing to compare
+        theirs = theirs[theirs["batch"] <= ours["batch"].max()]
+    drafted = ours[ours["shape"] != "no draft"].assign(tokens_per_second=None)
+    figure = _along(
+        pd.concat([drafted, ours.assign(speedup=None)]),
+        "batch", ("speedup", "tokens_per_second"), "shape", theirs,
+    )  # fmt: skip
+    for axes in figure.axes:
+        axes.set_xlabel("batch (sequences)")
+    return figure
+
+
+def sensitivity(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """Tau by what is varied in training: a panel for each setting."""
+    ours = _of_quantity(rows, "sensitivity", ["setting", "level", "tau"])
+    with style():
+        settings = list(ours["setting"].unique())
+        figure = _figure(0.6 + 3.4 * len(settings), 3.0)
+        panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+        for axes, setting in zip(panels, settings, strict=True):
+            line = ours[ours["setting"] == setting]
+            _banded_line(axes, line, "level", "tau", _colours(ours["method"])["EAGLE-3"], "")
+            _doublings(axes, line["level"])
+            axes.set_xlabel(f"{setting} (number)")
+        panels[0].set_ylabel(LABELS["tau"])
+        _footnote(figure, ours)
+    return figure
+
+
+def sweep(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """The tree's depth, width and size."""
+    return tree_sweep(rows)
+
+
+def training(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """Held-out tau as training goes on: where it falls again, the head is over-trained."""
+    ours = _of_quantity(rows, "training", ["positions", "tau", "stretch"])
+    names = ours["head"] + [f", {nodes:g} nodes" for nodes in ours["total_tokens"]]
+    colours = _colours(names)
+    with style():
+        figure = _figure(6.0, 3.0)
+        axes = figure.subplots()
+        for (name, _), line in ours.groupby([names, "stretch"], sort=False):
+            line = line.assign(millions=line["positions"] / 1e6)
+            _banded_line(axes, line, "millions", "tau", colours[name], name)
+        axes.set_xlabel("positions trained on (millions)")
+        axes.set_ylabel(f"{LABELS['tau']},\nheld-out prompts")
+        _legend(figure, [Line2D([], [], color=c, marker="o", label=n) for n, c in colours.items()])
+        _footnote(figure, ours)
+    return figure
+
+
+def _along(
+    ours: pd.DataFrame, along: str, metrics: tuple[str, ...], series: str, theirs: Reported
+) -> Figure:
+    """A panel for each metric, a line for each value of the column `series`."""
+    colours = _colours(ours[series])
+    with style():
+        figure = _figure(0.6 + 3.9 * len(metrics), 3.4)
+        handles: dict[str, Line2D] = {}
+        for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
+            for name, line in ours.dropna(subset=[metric]).groupby(series, sort=False):
+                handles[name] = _banded_line(axes, line, along, metric, colours[name], name)
+            if theirs is not None and metric in theirs:
+                drawn = _hollow_lines(axes, theirs, along, metric, list(handles.values()))
+                handles |= {line.get_label(): line for line in drawn}
+            if metric == "speedup":
+                axes.axhline(1, **_DASHED)
+            _doublings(axes, ours[along])
+            axes.set_ylabel(LABELS[metric])
+        _legend(figure, list(handles.values()))
+        _footnote(figure, ours)
+    return figure
+
+
+def _doublings(axes: Axes, values: pd.Series) -> None:
+    ticks = sorted(values.dropna().unique())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _of_table(reported: Reported, table: str, quantity: str | None = None) -> Reported:
+    """One reported table, under another quantity where it is drawn as such."""
+    if reported is None or not len(found := reported[reported["table"] == table]):
+        return None
+    return found.assign(quantity=quantity) if quantity else found
+
+
+DRAWINGS: dict[str, tuple[str, Callable[[pd.DataFrame, Reported], Figure]]] = {
+    "sweep": ("fig_5_tree_size_and_depth", sweep),
+    "baselines": ("fig_6_baselines", baselines),
+    "ablation": ("fig_7_ablation", ablation),
+    "ablation_by_depth": ("fig_8_ablation_by_depth", ablation_by_depth),
+    "data_scaling": ("fig_9_data_scaling", data_scaling),
+    "throughput": ("fig_10_throughput", throughput),
+    "sensitivity": ("fig_11_sensitivity", sensitivity),
+    "training": ("fig_12_training", training),
+}

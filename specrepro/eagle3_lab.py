@@ -1,0 +1,475 @@
+"""EAGLE-3's experiments beside its own Table 1: baselines, ablations, data, batches, sensitivity.
+
+Each is a stage that gives rows. What needs heads trained alike (`eagle3_variants`) is trained and
+measured at tier `full`; `laptop` and `smoke` draw the rows that `full` left in the repository, and
+where there are none they say by which command they are made. `python -m specrepro.eagle3_lab
+STAGE ...` measures single stages as `full` does, on what is trained, and puts their rows into
+figures/eagle3/results.csv.
+
+Rows of heads that were trained on one budget carry `budget` "equal" and say what it was
+(`trained_tokens`, `steps`); they are never mixed with those of the committed head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from specrepro import (
+    checkpoints,
+    draft_lm,
+    eagle2,
+    eagle3,
+    eagle3_figures,
+    experiment,
+    measure,
+    medusa,
+    ngram,
+    recipes,
+    recycling,
+    rows,
+)
+from specrepro.decoding import Drafter
+from specrepro.eagle3 import TreeConfig
+from specrepro.eagle3_variants import OVER_TRAINING, SCALES, VARIANTS, WORK, Workshop
+from specrepro.measure import AUTOREGRESSIVE, Record
+from specrepro.target_model import EMBEDDED, Target
+from specrepro.training_cards import budget_of, card_of, training_rows
+
+OURS, EQUAL = "EAGLE-3", "equal"
+Load = Callable[[Target], Drafter]
+ALL_SETS = ("chat", "humaneval", "maths", "instruction", "summarisation")
+TRAINED: dict[str, Callable[[Path], dict[str, Load]]] = {  # by the folder of the checkpoint
+    "eagle2": lambda folder: {m: eagle2.drafters(folder)[m] for m in ("EAGLE", "EAGLE-2")},
+    "medusa": medusa.drafters,
+    "draft_lm": draft_lm.drafters,
+}
+UNTRAINED: dict[str, Load] = {
+    "PLD": ngram.DRAFTERS["PLD"],
+    "Lookahead": recycling.DRAFTERS["Lookahead"],
+}
+ABLATED = {  # variant -> its name in tables
+    "eagle3": OURS,
+    "eagle3_final": "EAGLE-3 (top feature only)",
+    "eagle3_no_ttt": "EAGLE-3 (no training-time test)",
+    "eagle3_final_no_ttt": "EAGLE-3 (top feature only, no training-time test)",
+}
+VARIED = {  # variant -> what is varied, and its level
+    "eagle3_no_ttt": ("training-time-test steps", 1),
+    "eagle3_ttt_2": ("training-time-test steps", 2),
+    "eagle3_ttt_5": ("training-time-test steps", 5),
+    "eagle3_vocab_2048": ("draft vocabulary", 2048),
+    "eagle3_vocab_16384": ("draft vocabulary", 16384),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much a tier measures of the stages."""
+
+    measures: tuple[str, ...]  # stages; others are recalled
+    num_prompts: int = 10  # of each set
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    untrained: tuple[str, ...] = ("PLD", "Lookahead")
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    depths: tuple[int, ...] = (1, 2, 4, 6)
+    widths: tuple[int, ...] = (4, 8)
+    sizes: tuple[int, ...] = (8, 16, 24, 32)
+
+
+STAGES = (
+    "baselines", "ablation", "ablation_by_depth", "data_scaling", "sensitivity", "throughput",
+    "sweep", "training",
+)  # fmt: skip
+PLANS = {
+    "smoke": Plan(
+        ("baselines", "throughput", "sweep", "training"), 1, (0.0,), batches=(1,), depths=(2,),
+        widths=(8,), sizes=(8,),
+    ),
+    "laptop": Plan(
+        ("baselines", "sweep", "training"), 2, (0.0,), ("PLD",), depths=(2, 4), widths=(8,),
+        sizes=(8, 16, 32),
+    ),
+    "full": Plan(STAGES),
+    "paper": Plan(
+        ("baselines", "throughput", "sweep", "training"), 80, depths=(3, 7), widths=(10,),
+        sizes=(16, 32, 60),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One drafter to measure."""
+
+    method: str  # as tables name it
+    load: Load
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of its rows
+    checkpoint: Path | None = None  # where the run's own identity does not cover it
+
+    @property
+    def key(self) -> str:
+        """Its name among the records: a head that was trained anew is another drafter."""
+        digest = checkpoints.digest(self.checkpoint)[:8] if self.checkpoint else ""
+        varied = (f"{name} {value}" for name, value in self.columns.items() if name in _VARYING)
+        return ", ".join(filter(None, [self.method, *varied, digest]))
+
+
+_VARYING = ("draft_depth", "total_tokens", "top_k", "shape", "variant")
+
+
+@dataclass
+class Lab:
+    """What EAGLE-3's notebook asks for beside its own head's Table 1."""
+
+    run: experiment.Run
+    checkpoint: Path  # of the head
+    load: Load  # the head with the tree that Table 1 is measured with
+    plan: Plan | None = None
+    workshop: Workshop | None = None
+    committed: Path = recipes.COMMITTED  # the baselines' checkpoints
+    trains: bool = True  # variants that a stage of this tier lacks
+
+    def __post_init__(self) -> None:
+        self.plan = self.plan or PLANS[self.run.tier_name]
+        self.checkpoint = Path(self.checkpoint)
+
+    # --- stages
+
+    def show(self, stage: str, reported: pd.DataFrame | None = None) -> Figure | None:
+        """Take a stage and draw it; where it has no rows, print how they are made."""
+        if not self.take(stage):
+            print(f"{stage}: {self.remedy(stage)}")
+            return None
+        name, draw = eagle3_figures.DRAWINGS[stage]
+        return self.run.save(draw(self.run.rows, reported), name)
+
+    def take(self, stage: str) -> bool:
+        """Add the stage's rows to the run's: recalled, measured, or, with False, none."""
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}; choose one of {', '.join(STAGES)}")
+        is_measured = stage in self.plan.measures
+        is_recalled = self.run.tier_name == "laptop" or not is_measured
+        if is_recalled and self.run.recall(stage):
+            return True
+        found = getattr(self, stage)() if is_measured else _none()
+        if len(found):
+            self.run.keep(found.assign(stage=stage))
+        return len(found) > 0
+
+    def remedy(self, stage: str) -> str:
+        """How rows of a stage are made."""
+        measured = f"python -m specrepro.eagle3_lab {stage}"
+        if stage in ("throughput", "sweep", "baselines"):
+            return f"no rows; {measured} makes them"
+        if stage == "training":
+            return f"no card of {self.checkpoint} says how its tau grew; train it anew"
+        return (
+            "no rows; python -m specrepro.eagle3_variants runs/corpus trains the heads that are"
+            f" compared (hours, it can be stopped), and {measured} measures them"
+        )
+
+    def baselines(self) -> pd.DataFrame:
+        """Rows of Table 1's other methods: of the untrained, and of committed checkpoints."""
+        others = [Entry(name, UNTRAINED[name]) for name in self.plan.untrained] + self._committed()
+        records, found = self._measure(
+            "decode", [Entry(OURS, self.load), *others], ALL_SETS, self.plan.temperatures,
+            file="decoded",
+        )  # fmt: skip
+        if OURS in set(self.run.of("decode").get("method", ())):  # measured on more prompts
+            found = found[~found["method"].isin([OURS, AUTOREGRESSIVE])]
+        pairs = [(OURS, entry.key) for entry in others]
+        return pd.concat([found, self._paired(records, pairs, others)])
+
+    def ablation(self) -> pd.DataFrame:
+        """Rows of quantity "ablation": heads of one budget, EAGLE-3's and its baselines'."""
+        entries = self._alike(ABLATED) + self._alike_baselines()
+        if not entries:
+            return pd.DataFrame()
+        records, found = self._measure("ablation", entries, ALL_SETS, self.plan.temperatures)
+        better = [entry for entry in entries if entry.method in (OURS, ABLATED["eagle3_final"])]
+        pairs = [(one.key, other.key) for one in better for other in entries if one != other]
+        differences = self._paired(records, pairs, entries)
+        return pd.concat([found, differences]).assign(budget=EQUAL)
+
+    def ablation_by_depth(self) -> pd.DataFrame:
+        """Rows of quantity "ablation_by_depth": n-alpha on chains, of heads of one budget."""
+        entries = [replace(one, load=_chain(one.checkpoint)) for one in self._alike(ABLATED)]
+        for folder in self._folders(["eagle2"]).values():
+            load = eagle2.drafters(folder)["EAGLE chain"]
+            entries.append(Entry("EAGLE", load, self._budget_of("eagle2"), folder))
+        entries = [replace(one, columns={**one.columns, "shape": "chain"}) for one in entries]
+        if not entries:
+            return pd.DataFrame()
+        records, _ = self._measure("", entries, ("chat",), (0.0,))
+        drafted = [record for record in records if record.method != AUTOREGRESSIVE]
+        levels = max(num for record in drafted for num in record.drafted)  # of a chain, its length
+        found = rows.acceptance_by_depth(drafted, levels)
+        named = self._named(found, entries)
+        return named.assign(quantity="ablation_by_depth", top_k=1, budget=EQUAL)
+
+    def data_scaling(self) -> pd.DataFrame:
+        """Rows of quantity "data_scaling", `data_scale` relative to the smallest share."""
+        entries = []
+        for method in (OURS, "EAGLE-2"):
+            base = "eagle3" if method == OURS else "eagle2"
+            scales = {base if scale == 1 else f"{base}_x{scale:g}": scale for scale in SCALES}
+            for name, folder in self._folders(scales).items():
+                columns = {"data_scale": scales[name] / min(SCALES)} | self._budget_of(name)
+                entries.append(Entry(method, _tree(folder, base), columns, folder))
+        return self._measure("data_scaling", entries, ("chat",), (0.0,))[1] if entries else _none()
+
+    def sensitivity(self) -> pd.DataFrame:
+        """Rows of quantity "sensitivity": tau by draft vocabulary and training-time-test steps."""
+        entries = self._alike(dict.fromkeys(["eagle3", *VARIED], OURS))
+        if len(entries) < 2:
+            return pd.DataFrame()
+        _, found = self._measure("sensitivity", entries, ("chat",), (0.0,))
+        own = recipes.Recipe.of(eagle3.Eagle3, self.run.target).method
+        at_default = {"training-time-test steps": own.training.steps}
+        at_default["draft vocabulary"] = own.draft_vocab_size
+        parts = []
+        for row in found[found["method"] == OURS].to_dict("records"):
+            varied = [VARIED[row["variant"]]] if row["variant"] in VARIED else at_default.items()
+            parts += [row | {"setting": setting, "level": level} for setting, level in varied]
+        return pd.DataFrame(parts).assign(budget=EQUAL)
+
+    def throughput(self) -> pd.DataFrame:
+        """Rows of quantity "throughput": chains of 3, as serving engines draft, and the tree."""
+        chain = TreeConfig(depth=2, top_k=1, total_tokens=4)
+        entries = [
+            Entry(OURS, _tree(self.checkpoint, "eagle3", chain), {"shape": "chain of 3"}),
+            Entry(OURS, self.load, {"shape": "tree"}),
+        ]
+        tables = [
+            self._measure("throughput", entries, ("chat",), (0.0,), batch=batch)[1]
+            for batch in self.plan.batches
+            if batch <= self.run.num_prompts
+        ]
+        return pd.concat(tables)
+
+    def sweep(self) -> pd.DataFrame:
+        """Rows of quantity "sweep": the tree's depth, width and size."""
+        entries = []
+        for depth in self.plan.depths:
+            for top_k in self.plan.widths:
+                trees = [TreeConfig(depth, top_k, size) for size in self.plan.sizes]
+                entries += [self._of_tree(tree) for tree in trees]
+        _, found = self._measure("sweep", entries, ("chat",), (0.0,), file="decoded")
+        return found[found["method"] == OURS]
+
+    def _of_tree(self, tree: TreeConfig) -> Entry:
+        columns = {"draft_depth": tree.depth, "total_tokens": tree.total_tokens}
+        load = _tree(self.checkpoint, "eagle3", tree)
+        return Entry(OURS, load, columns | {"top_k": tree.top_k})
+
+    def training(self) -> pd.DataFrame:
+        """Rows of quantity "training": held-out tau by training step, as the cards tell it."""
+        found = training_rows(card_of(self.checkpoint)).assign(head="the head of Table 1")
+        long = self._folders([OVER_TRAINING.name]) if self.run.tier_name == "full" else {}
+        tables = [
+            training_rows(card_of(folder)).assign(head="a head trained on little for long")
+            for folder in long.values()
+        ]
+        return pd.concat([found, *tables])
+
+    # --- drafters
+
+    def _committed(self) -> list[Entry]:
+        """Those of checkpoints/<name> that were made for this target."""
+        entries = []
+        for name in filter(self._is_committed, TRAINED):
+            folder = self.committed / name
+            columns, loaders = budget_of(card_of(folder)), TRAINED[name](folder)
+            entries += [Entry(m, load, columns, folder) for m, load in loaders.items()]
+        return entries
+
+    def _is_committed(self, name: str) -> bool:
+        own = measure.target_name(self.run.target)
+        return card_of(self.committed / name).get("target") == own
+
+    def left_out(self) -> list[str]:
+        """A line for every baseline without a checkpoint, with the remedy."""
+        return [
+            f"{', '.join(TRAINED[name](Path()))} left out: no checkpoint for this target in"
+            f" checkpoints/{name}; python -m specrepro.{name} CORPUS checkpoints/{name} trains one"
+            for name in TRAINED
+            if not self._is_committed(name)
+        ]
+
+    def _folders(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Path]:
+        """Checkpoints of variants by name; those that are not there are trained, or left out."""
+        if self.workshop is None:
+            self.workshop = Workshop(self.run.target, self.run.work / "variants")
+        variants = [VARIANTS[name] for name in names]
+        absent = [one for one in variants if self.workshop.card(one) is None]
+        if self.trains:
+            for variant in absent:
+                self.workshop.train(variant, self._features())
+        elif absent:
+            print(f"left out, not trained yet: {', '.join(one.name for one in absent)}")
+        kept = variants if self.trains else [one for one in variants if one not in absent]
+        return {one.name: self.workshop.folder(one) for one in kept}
+
+    def _features(self) -> Path:
+        return recipes.features_of(self.run.target, self.run.work.parent / "features")
+
+    def _alike(self, names: Mapping[str, str]) -> list[Entry]:
+        """EAGLE-3's variants, which must have had one budget."""
+        return [
+            Entry(names[name], _tree(folder, "eagle3"), self._budget_of(name), folder)
+            for name, folder in self._same_budget(self._folders(names)).items()
+        ]
+
+    def _alike_baselines(self) -> list[Entry]:
+        found = self._same_budget(self._folders(["eagle3", *TRAINED]))
+        return [
+            Entry(method, load, self._budget_of(name), folder)
+            for name, folder in found.items()
+            if name in TRAINED
+            for method, load in TRAINED[name](folder).items()
+        ]
+
+    def _same_budget(self, folders: dict[str, Path]) -> dict[str, Path]:
+        budgets = {name: budget_of(card_of(folder)) for name, folder in folders.items()}
+        if len(distinct := {tuple(one.items()) for one in budgets.values()}) > 1:
+            raise ValueError(
+                f"{', '.join(budgets)} were not trained alike: {sorted(distinct)}; move those that"
+                " differ away and train them again"
+            )
+        return folders
+
+    def _budget_of(self, name: str) -> dict[str, Any]:
+        return {"variant": name} | budget_of(self.workshop.card(VARIANTS[name]))
+
+    # --- measuring
+
+    def _measure(
+        self,
+        quantity: str,
+        entries: Sequence[Entry],
+        sets: Sequence[str],
+        temperatures: Sequence[float],
+        *,
+        batch: int = 1,
+        file: str = "lab",
+    ) -> tuple[list[Record], pd.DataFrame]:
+        """Records of every entry, by its key, and its rows, by its method."""
+        methods = {one.key: lambda one=one: one.load(self.run.target) for one in entries}
+        wanted = min(self.plan.num_prompts, self.run.num_prompts)
+        num_prompts, records = max(batch, wanted // batch * batch), []  # whole batches
+        for name in sets:
+            for temperature in temperatures:
+                records += measure.compare(
+                    self.run.target, methods, self.run.questions(name, num_prompts), prompts=name,
+                    path=self.run.records / f"{file}.jsonl", temperature=temperature,
+                    max_new_tokens=self.run.max_new_tokens, batch=batch, seed=self.run.seed,
+                )  # fmt: skip
+        found = self._named(self.run.decode_rows(records), entries)
+        is_failed = found["quantity"] == "failed"
+        return records, found.assign(quantity=found["quantity"].where(is_failed, quantity))
+
+    def _named(self, found: pd.DataFrame, entries: Sequence[Entry]) -> pd.DataFrame:
+        """Rows under their methods' names, with the columns that their entries add."""
+        by_key = {one.key: one for one in entries}
+        columns = [by_key[key].columns if key in by_key else {} for key in found["method"]]
+        extra = pd.DataFrame([dict(one) for one in columns], index=found.index)
+        named = found.drop(columns=[name for name in extra if name in found]).join(extra)
+        for column in ("method", "versus"):
+            if column in named:
+                named[column] = named[column].map(
+                    lambda key: by_key[key].method if key in by_key else key
+                )
+        return named
+
+    def _paired(
+        self,
+        records: Sequence[Record],
+        pairs: Sequence[tuple[str, str]],
+        entries: Sequence[Entry],
+    ) -> pd.DataFrame:
+        found = rows.paired_differences(records, pairs)
+        return self._named(found, entries) if len(found) else found
+
+
+def _none() -> pd.DataFrame:
+    return pd.DataFrame()
+
+
+def _chain(folder: Path) -> Load:
+    return eagle3.drafters(folder)["EAGLE-3 chain"]
+
+
+def _tree(folder: Path, method: str, tree: TreeConfig | None = None) -> Load:
+    """The drafter of a checkpoint with its own dynamic tree, or another."""
+    module = {"eagle3": eagle3, "eagle2": eagle2}[method]
+    return lambda target: module.Drafter.load(folder, target, tree)
+
+
+def controls(checkpoint: Path | str) -> dict[str, Load]:
+    """A head of the checkpoint's shape that has learnt nothing: it must be as lossless."""
+
+    def untrained(target: Target) -> eagle3.Drafter:
+        head, own = eagle3.load_head(checkpoint)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for weight in head.parameters():
+                weight.data = torch.randn_like(weight) / weight.shape[-1] ** 0.5
+        return eagle3.Drafter(head, target, own)
+
+    return {"EAGLE-3, random weights": untrained}
+
+
+# --- single stages
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m specrepro.eagle3_lab STAGE ...`: measure stages as tier `full` does."""
+    parser = argparse.ArgumentParser(prog="python -m specrepro.eagle3_lab", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
+                        help=", ".join(STAGES))  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, default=eagle3.CHECKPOINT, help="of the head")
+    parser.add_argument("--work", type=Path, default=WORK, help="where variants are")
+    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
+    parser.add_argument("--num-prompts", type=int, default=0, help="of each set; 0 is the tier's")
+    parser.add_argument("--figures-dir", type=Path, default=Path("figures"))
+    options = parser.parse_args(arguments)
+    run = experiment.Run(
+        "eagle3", tier="full", target=options.target, figures_dir=options.figures_dir
+    )
+    plan = PLANS["full"]
+    plan = replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
+    workshop = Workshop(run.target, options.work)
+    load = eagle3.drafters(options.checkpoint)[OURS]
+    lab = Lab(run, options.checkpoint, load, plan, workshop, trains=False)
+    run.depends_on(**identity(load(run.target), options.checkpoint))
+    for stage in options.stages:
+        if is_done := lab.take(stage):
+            replace_stage(run.folder / "results.csv", run.rows, stage)
+        print(f"{stage}: {'done' if is_done else lab.remedy(stage)}")
+
+
+def identity(drafter: eagle3.Drafter, checkpoint: Path) -> dict[str, Any]:
+    """What the records of a run depend on."""
+    return {"checkpoint": checkpoints.digest(checkpoint), "tree": asdict(drafter.tree)}
+
+
+def replace_stage(path: Path, table: pd.DataFrame, stage: str) -> None:
+    """Put the rows of one stage of tier `full` in place of those that a results file has."""
+    new = table[table["stage"] == stage]
+    if path.is_file():
+        old = pd.read_csv(path)
+        is_kept = (old.get("stage", pd.Series(index=old.index)) != stage) | (old["tier"] != "full")
+        new = pd.concat([old[is_kept], new], ignore_index=True)
+    checkpoints.write_text(path, new.to_csv(index=False))
+
+
+if __name__ == "__main__":
+    main()

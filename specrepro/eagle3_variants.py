@@ -1,0 +1,237 @@
+"""Heads trained alike, to be compared: ablations, baselines, shares of the corpus.
+
+`python -m specrepro.eagle3_variants runs/corpus` trains, one after the other, what is not there
+yet. Stopped at any time, by Ctrl-C or `timeout 3600`, it loses five minutes at most and goes on
+with the same command; started twice, the two share the work. The corpus must not change meanwhile.
+
+All take the same share of the corpus for the same number of steps, unless their share is what is
+studied: then they take the same number of epochs. By default the share is a quarter, enough to
+compare these heads with each other, and not with the committed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specrepro import corpus, draft_training, recipes
+from specrepro.draft_lm import DraftLM
+from specrepro.eagle2 import Eagle2
+from specrepro.eagle3 import Eagle3
+from specrepro.medusa import Medusa
+from specrepro.recipes import Method, Recipe
+from specrepro.target_model import EMBEDDED, Target
+from specrepro.target_model import load as load_target
+
+WORK = Path("runs") / "whole" / "eagle3" / "variants"  # where tier `full` looks for them
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One head to train, as its difference from the method's own recipe."""
+
+    name: str  # of its folder
+    method: type[Method]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    scale: float = 1.0  # times the budget's share of the corpus
+    times: float = 1.0  # the budget's epochs
+    evaluations: int = 1  # looks at held-out tau
+
+
+ABLATION = (
+    Variant("eagle3", Eagle3),
+    Variant("eagle2", Eagle2),
+    Variant("eagle3_final", Eagle3, {"features": "final"}),
+    Variant("eagle3_no_ttt", Eagle3, {"training.steps": 1}),
+    Variant("eagle3_final_no_ttt", Eagle3, {"features": "final", "training.steps": 1}),
+    Variant("medusa", Medusa),
+    Variant("draft_lm", DraftLM),
+)
+SENSITIVITY = (
+    Variant("eagle3_ttt_2", Eagle3, {"training.steps": 2}),
+    Variant("eagle3_ttt_5", Eagle3, {"training.steps": 5}),
+    Variant("eagle3_vocab_2048", Eagle3, {"draft_vocab_size": 2048}),
+    Variant("eagle3_vocab_16384", Eagle3, {"draft_vocab_size": 16384}),
+)
+SCALES = (0.5, 1.0, 2.0, 4.0)  # an eighth of the corpus to all of it, where the share is a quarter
+SCALING = tuple(
+    Variant(f"{method.name}_x{scale:g}", method, scale=scale)
+    for scale in SCALES
+    if scale != 1  # which the ablation trains
+    for method in (Eagle3, Eagle2)
+)
+OVER_TRAINING = Variant("eagle3_long", Eagle3, scale=0.5, times=6, evaluations=12)
+VARIANTS = {one.name: one for one in (*ABLATION, *SENSITIVITY, *SCALING, OVER_TRAINING)}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What every variant may use."""
+
+    share: float = 0.25  # of the corpus
+    epochs: float = 2.0
+    steps: int | None = None  # in place of `epochs`
+    num_answers: int | None = None  # of the corpus that shares are of; None is all
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; give a part of the corpus, at most 1")
+
+    def share_of(self, variant: Variant) -> float:
+        """Of the corpus; a ValueError where that is more than there is."""
+        share = self.share * variant.scale
+        if share > 1:
+            raise ValueError(
+                f"{variant.name} takes {variant.scale:g} times the share, {self.share:g}: choose"
+                f" --share {1 / variant.scale:g} or less, or leave it out with --only"
+            )
+        return share
+
+
+@dataclass
+class Workshop:
+    """Where variants are trained and kept."""
+
+    target: Target
+    work: Path = WORK
+    budget: Budget = field(default_factory=Budget)
+
+    def folder(self, variant: Variant) -> Path:
+        """Of the variant's checkpoint, whether it is there or not."""
+        return self.work / variant.name / "checkpoint"
+
+    def card(self, variant: Variant) -> dict[str, Any] | None:
+        """What a trained variant's card says; None before that."""
+        path = self.folder(variant) / "card.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def train(self, variant: Variant, features: Path) -> Path:
+        """The variant's checkpoint, trained unless it is there; goes on where it was interrupted.
+
+        Raises ValueError where one is there that was trained otherwise.
+        """
+        if self.card(variant) is not None:
+            self._require_same(variant, features)
+            return self.folder(variant)
+        return recipes.variant(
+            variant.method, self.target, features, self.work / variant.name, variant.settings,
+            share=self.budget.share_of(variant), epochs=self._epochs(variant, features),
+            num_answers=self.budget.num_answers, evaluations=variant.evaluations,
+        )  # fmt: skip
+
+    def _epochs(self, variant: Variant, features: Path) -> float:
+        """The budget's number of steps is of its share, so a larger share takes more."""
+        if self.budget.steps is None:
+            return self.budget.epochs * variant.times
+        recipe = Recipe.of(variant.method, self.target)
+        answers = self._sample(self.budget.share, features).answers
+        in_one = corpus.num_batches(answers, recipe.batch_tokens, 1.0)
+        _, num_ranks = draft_training.join_processes()
+        return self.budget.steps * num_ranks / in_one * variant.times
+
+    def _sample(self, share: float, features: Path) -> corpus.FeatureCache:
+        """The part of the corpus that `recipes.variant` trains on."""
+        sizes = features, self.target.hidden_size
+        total = len(corpus.FeatureCache(*sizes, self.budget.num_answers))
+        return corpus.FeatureCache(*sizes, max(1, round(share * total)))
+
+    def _require_same(self, variant: Variant, features: Path) -> None:
+        method = recipes.changed(Recipe.of(variant.method, self.target), variant.settings).method
+        wanted = {
+            "corpus": self._sample(self.budget.share_of(variant), features).hash,
+            "epochs": self._epochs(variant, features),
+            "method": json.loads(json.dumps(asdict(method))),
+        }
+        card = self.card(variant)
+        there = {"corpus": card["corpus"]} | card["recipe"]
+        if wrong := [name for name, value in wanted.items() if there[name] != value]:
+            raise ValueError(
+                f"{self.folder(variant)} was trained with another {' and '.join(wrong)}; choose"
+                " another folder with --work, restore the setting, or move it away"
+            )
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process alone may train in `folder`, for as long as the block lasts.
+
+    Processes under torchrun train one variant together, so each of them may.
+    """
+    if draft_training.join_processes()[1] > 1:
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def train_all(workshop: Workshop, variants: Sequence[Variant], features: Path) -> None:
+    """Train what no other process is training, and print the time that each took."""
+    for variant in variants:
+        was_there = workshop.card(variant) is not None
+        with claimed(workshop.work / variant.name) as is_ours:
+            began = time.perf_counter()
+            if is_ours:
+                workshop.train(variant, features)
+            minutes = (time.perf_counter() - began) / 60
+        if draft_training.is_first_process():
+            print(_line(workshop, variant, is_ours, was_there, minutes), flush=True)
+
+
+def _line(
+    workshop: Workshop, variant: Variant, is_ours: bool, was_there: bool, minutes: float
+) -> str:
+    if not is_ours:
+        return f"{variant.name}: another process is training it"
+    if was_there:
+        return f"{variant.name}: there already, in {workshop.folder(variant)}"
+    card = workshop.card(variant)
+    steps = card["recipe"]["loop"]["total_steps"]
+    return (
+        f"{variant.name}: {steps} steps, {minutes:.1f} minutes now,"
+        f" held-out tau {card['held_out_tau']:.2f}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m specrepro.eagle3_variants <corpus>`, alone, several times, or under torchrun."""
+    parser = argparse.ArgumentParser(
+        prog="python -m specrepro.eagle3_variants", description=__doc__
+    )
+    parser.add_argument(
+        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
+    )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        help="variants to train, in this order", metavar="VARIANT")  # fmt: skip
+    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
+    parser.add_argument("--work", type=Path, default=WORK, help="where variants go")
+    parser.add_argument("--share", type=float, default=Budget.share, help="of the corpus")
+    parser.add_argument("--epochs", type=float, default=Budget.epochs)
+    parser.add_argument("--steps", type=int, help="on that share, in place of --epochs")
+    parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
+    options = parser.parse_args(arguments)
+    budget = Budget(options.share, options.epochs, options.steps, options.num_answers)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    draft_training.join_processes()
+    workshop = Workshop(load_target(options.target), options.work, budget)
+    train_all(workshop, [VARIANTS[name] for name in options.only], options.corpus)
+
+
+if __name__ == "__main__":
+    main()

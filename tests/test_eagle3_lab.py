@@ -1,0 +1,402 @@
+"""EAGLE-3's other experiments: heads trained alike give rows that figures draw and claims find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from drafter_cases import RECIPE
+from matplotlib.figure import Figure
+from test_eagle3 import make_head
+
+from specrepro import (
+    checkpoints,
+    claims,
+    corpus,
+    draft_training,
+    eagle3,
+    eagle3_figures,
+    eagle3_lab,
+    eagle3_variants,
+    experiment,
+    prompts,
+    recipes,
+    target_model,
+    training_cards,
+)
+from specrepro import rows as rows_module
+from specrepro.draft_lm import DraftLM
+from specrepro.eagle2 import Eagle2
+from specrepro.eagle3 import Drafter, Eagle3, TrainingConfig, TreeConfig
+from specrepro.eagle3_lab import Lab, Plan
+from specrepro.eagle3_variants import ABLATION, VARIANTS, Budget, Workshop
+from specrepro.measure import AUTOREGRESSIVE
+from specrepro.medusa import Medusa
+
+METHODS = {
+    Eagle3: replace(RECIPE.method, training=TrainingConfig(steps=3)),
+    Eagle2: Eagle2(TreeConfig(2, 3, 8)),
+    Medusa: Medusa(num_heads=2, total_tokens=6),
+    DraftLM: DraftLM(32, 32, 1, 2, num_drafted=2),
+}
+BUDGET = Budget(share=0.25, steps=2)
+PLAN = Plan(eagle3_lab.STAGES, 1, (0.0,), batches=(1, 2), depths=(1, 2), widths=(3,), sizes=(4, 8))
+
+
+def little(method, target):
+    return replace(RECIPE, method=METHODS[method], batch_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_chat_folder):
+    return target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small_world() -> Iterator[pytest.MonkeyPatch]:
+    """A dozen training prompts and recipes of a few steps, with nothing to choose among states."""
+    questions = [
+        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
+        for n in range(12)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "training_prompts", lambda: iter(questions))
+        patch.setattr(recipes, "held_out_questions", lambda target: [])
+        patch.setattr(recipes, "held_out_tau", lambda *_: 1.5)  # which would take most of the time
+        patch.setattr(recipes.Recipe, "of", little)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def answers(tiny, small_world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("answers")
+    corpus.generate(tiny, list(prompts.training_prompts()), folder, max_new_tokens=12, batch_size=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny, answers, tmp_path_factory) -> Workshop:
+    """All variants trained, by what the command calls."""
+    found = Workshop(tiny, tmp_path_factory.mktemp("variants"), BUDGET)
+    eagle3_variants.train_all(found, list(VARIANTS.values()), answers)
+    return found
+
+
+def lab_of(workshop: Workshop, folder: Path, tier: str = "full", plan: Plan | None = PLAN) -> Lab:
+    run = experiment.Run(
+        "eagle3", tier=tier, target=workshop.target.name, dtype="float32", figures_dir=folder
+    )
+    draws = torch.Generator().manual_seed(0)
+    asked = torch.randint(5, 90, (40, 12), generator=draws).tolist()
+    run.questions = lambda name, n=0: [(f"{name}/{i}", asked[i + len(name)]) for i in range(n or 1)]
+    run.max_new_tokens = 8
+    head = eagle3.save_head(make_head(run.target), folder / "head", TreeConfig(2, 3, 8))
+    card = json.dumps(workshop.card(VARIANTS["eagle3"]))
+    checkpoints.write_text(head / "card.json", card)
+    load = eagle3.drafters(head)["EAGLE-3"]
+    found = Lab(run, head, load, plan, workshop, folder / "committed")
+    run.depends_on(**eagle3_lab.identity(load(run.target), head))
+    return found
+
+
+@pytest.fixture(scope="module")
+def lab(workshop, small_world, tmp_path_factory) -> Iterator[Lab]:
+    """Every stage taken, with one of three baselines' checkpoints committed."""
+    rows_module._resamples.cache_clear()
+    small_world.setattr(rows_module, "NUM_RESAMPLES", 50)
+    small_world.setattr(eagle3_lab, "ALL_SETS", ("chat", "maths"))
+    found = lab_of(workshop, tmp_path_factory.mktemp("lab"))
+    made = workshop.folder(VARIANTS["eagle2"])
+    (found.committed / "eagle2").mkdir(parents=True)
+    for path in made.iterdir():
+        (found.committed / "eagle2" / path.name).write_bytes(path.read_bytes())
+    card = training_cards.card_of(made)
+    name = Path(card["target"]).name  # as the rows call a folder
+    checkpoints.write_text(
+        found.committed / "eagle2" / "card.json", json.dumps(card | {"target": name})
+    )
+    assert all(found.take(stage) for stage in eagle3_lab.STAGES)
+    yield found
+    rows_module._resamples.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def rows(lab) -> pd.DataFrame:
+    return lab.run.rows
+
+
+# --- training alike
+
+
+def test_variants_to_be_compared_have_one_budget_and_differ_in_what_they_are_named_for(workshop):
+    cards = {name: workshop.card(one) for name, one in VARIANTS.items()}
+    alike = {name: training_cards.budget_of(cards[name]) for name in (v.name for v in ABLATION)}
+    assert len({tuple(budget.items()) for budget in alike.values()}) == 1
+    steps = {name: card["recipe"]["loop"]["total_steps"] for name, card in cards.items()}
+    assert {steps[one.name] for one in ABLATION} == {BUDGET.steps}
+    methods = {name: card["recipe"]["method"] for name, card in cards.items()}
+    base = methods["eagle3"]
+    assert methods["eagle3_final"] == base | {"features": "final"}
+    assert methods["eagle3_no_ttt"]["training"] == base["training"] | {"steps": 1}
+    assert methods["eagle3_vocab_2048"]["draft_vocab_size"] == 2048
+
+
+def test_more_data_is_read_as_many_times(workshop):
+    names = ("eagle3_x0.5", "eagle3", "eagle3_x2", "eagle3_x4")
+    cards = [workshop.card(VARIANTS[name]) for name in names]
+    tokens = [card["answer_tokens"] for card in cards]
+    assert tokens == sorted(set(tokens)), "a larger share holds more answers"
+    assert len({card["recipe"]["epochs"] for card in cards}) == 1
+    steps = [card["recipe"]["loop"]["total_steps"] for card in cards]
+    assert steps[-1] == pytest.approx(4 * steps[1], abs=1), "four times the share, as many epochs"
+
+
+def test_what_is_trained_is_left_alone_and_another_budget_is_refused(workshop, answers, capsys):
+    before = checkpoints.digest(workshop.folder(VARIANTS["eagle3"]))
+    eagle3_variants.train_all(workshop, [VARIANTS["eagle3"]], answers)
+    assert "eagle3: there already" in capsys.readouterr().out
+    assert checkpoints.digest(workshop.folder(VARIANTS["eagle3"])) == before
+    other = replace(workshop, budget=replace(BUDGET, steps=3))
+    with pytest.raises(ValueError, match="trained with another epochs; choose another folder"):
+        other.train(VARIANTS["eagle3"], answers)
+    other = replace(workshop, budget=replace(BUDGET, share=0.5))
+    with pytest.raises(ValueError, match="another corpus and epochs"):
+        other.train(VARIANTS["eagle3"], answers)
+    with pytest.raises(ValueError, match="choose --share 0.25 or less"):
+        other.train(VARIANTS["eagle3_x4"], answers)
+
+
+def test_a_killed_variant_goes_on_and_ends_as_one_that_was_not(
+    workshop, answers, tmp_path, small_world, monkeypatch, capsys
+):
+    often = replace(RECIPE.loop, save_seconds=0.0)
+    monkeypatch.setattr(
+        recipes.Recipe, "of", lambda method, target: replace(little(method, target), loop=often)
+    )
+    killed = replace(workshop, work=tmp_path / "killed")
+    whole = replace(workshop, work=tmp_path / "whole")
+    step, seen = draft_training._step, []
+
+    def dying(*arguments):
+        seen.append(arguments[-1])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(draft_training, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        eagle3_variants.train_all(killed, [VARIANTS["eagle3"]], answers)
+    assert killed.card(VARIANTS["eagle3"]) is None
+    eagle3_variants.train_all(killed, [VARIANTS["eagle3"]], answers)
+    assert seen == [0, 1, 1], "the step that was not saved, and no other, is done again"
+    whole.train(VARIANTS["eagle3"], answers)
+    digests = {checkpoints.digest(one.folder(VARIANTS["eagle3"])) for one in (killed, whole)}
+    assert len(digests) == 1
+    assert "eagle3: 2 steps" in capsys.readouterr().out
+
+
+def test_two_processes_never_train_the_same_variant(workshop, answers, tmp_path, capsys):
+    fresh = replace(workshop, work=tmp_path)
+    with eagle3_variants.claimed(tmp_path / "eagle3") as is_ours:
+        assert is_ours
+        eagle3_variants.train_all(fresh, [VARIANTS["eagle3"]], answers)
+    assert "eagle3: another process is training it" in capsys.readouterr().out
+    assert fresh.card(VARIANTS["eagle3"]) is None
+    with eagle3_variants.claimed(tmp_path / "eagle3") as is_ours:
+        assert is_ours, "a claim ends with its block"
+
+
+# --- rows
+
+
+def test_every_stage_draws_and_the_papers_values_are_hollow_marks(lab, rows):
+    reported = claims.reported("eagle3").query("model == 'Llama-3.1-8B'")
+    assert eagle3_figures.DRAWINGS.keys() == set(eagle3_lab.STAGES)
+    hollow = {}
+    for stage, (name, draw) in eagle3_figures.DRAWINGS.items():
+        figure = draw(rows, reported)
+        assert isinstance(figure, Figure), name
+        drawn = [axes for axes in figure.axes if axes.axison]
+        assert drawn and all(axes.has_data() and axes.get_xlabel() for axes in drawn), name
+        lines = [line for axes in figure.axes for line in axes.lines]
+        marks = [line.get_ydata() for line in lines if line.get_markerfacecolor() == "none"]
+        hollow[stage] = {round(float(y), 2) for mark in marks for y in mark}
+    assert {3.82, 5.37, 4.40, 6.13} <= hollow["ablation"], "Table 2's chat"
+    assert {3.7, 4.4, 5.2, 6.1} <= hollow["data_scaling"]
+    assert 1.81 in hollow["throughput"] and 1.38 not in hollow["throughput"], "only up to batch 2"
+
+
+def test_claims_find_their_rows_and_none_finds_two(rows):
+    first = rows[(rows["quantity"] == "ablation_by_depth") & (rows["depth"] == 1)]
+    rows = pd.concat([rows[rows["depth"] != 2], first.assign(depth=2)])  # few got so far
+    verdicts = {one.id: one for one in claims.judge(claims.load("eagle3"), rows, "full")}
+    assert not [one.id for one in verdicts.values() if "rows match" in one.why]
+    for name in (
+        "tau-above-eagle2-greedy", "tau-above-eagle-greedy", "tau-above-medusa-greedy",
+        "tau-above-sps-greedy", "tau-above-pld-greedy", "tau-above-lookahead-greedy",
+        "ablation-ttt-chat", "ablation-fusion-maths", "n-alpha-eagle-falls", "n-alpha-no-ttt",
+        "n-alpha-no-feature-loss", "n-alpha-collapse", "scaling-tau", "scaling-eagle2-flat",
+        "batch-speedup-falls",
+    ):  # fmt: skip
+        assert verdicts[name].verdict != "not tested", f"{name}: {verdicts[name].why}"
+
+
+def test_heads_of_one_budget_are_paired_with_each_other_alone(rows):
+    paired = rows[rows["quantity"] == "paired_difference"]
+    alike = paired[paired["budget"] == "equal"]
+    assert {"EAGLE", "EAGLE-2", "Medusa", "SpS", "EAGLE-3 (top feature only)"} <= set(
+        alike["versus"]
+    )
+    of_table_1 = paired[paired["budget"].isna()]
+    assert set(of_table_1["versus"]) == {"PLD", "Lookahead", "EAGLE", "EAGLE-2"}
+    ablation = rows[rows["quantity"] == "ablation"]
+    heads = ablation[ablation["method"] != AUTOREGRESSIVE]
+    assert heads["trained_tokens"].nunique() == 1, "rows say what their heads were trained on"
+
+
+def test_a_committed_baseline_of_this_target_is_measured_and_the_others_named(lab, rows):
+    table_1 = rows[(rows["quantity"] == "decode") & (rows["stage"] == "baselines")]
+    assert {"EAGLE", "EAGLE-2", "PLD", "Lookahead"} <= set(table_1["method"])
+    assert not {"Medusa", "SpS"} & set(table_1["method"])
+    medusa, sps = lab.left_out()
+    assert medusa.startswith("Medusa left out") and "python -m specrepro.medusa" in medusa
+    assert sps.startswith("SpS left out") and "checkpoints/draft_lm" in sps
+
+
+def test_each_level_of_what_is_varied_has_one_row(rows):
+    found = rows[rows["quantity"] == "sensitivity"]
+    assert not found.duplicated(["setting", "level"]).any()
+    levels = found.groupby("setting")["level"].agg(sorted).to_dict()
+    assert levels == {
+        "draft vocabulary": [40, 2048, 16384],
+        "training-time-test steps": [1, 2, 3, 5],
+    }
+
+
+def test_the_data_axis_is_relative_to_the_smallest_share(rows):
+    found = rows[rows["quantity"] == "data_scaling"]
+    for method in ("EAGLE-3", "EAGLE-2"):
+        mine = found[found["method"] == method].sort_values("data_scale")
+        assert mine["data_scale"].tolist() == [1, 2, 4, 8]
+        assert mine["trained_tokens"].is_monotonic_increasing
+
+
+def test_a_head_that_was_trained_anew_is_measured_anew(workshop, tmp_path):
+    folder = workshop.folder(VARIANTS["eagle3"])
+    entry = eagle3_lab.Entry("EAGLE-3", eagle3.DRAFTERS["EAGLE-3"], {}, folder)
+    (tmp_path / "other").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    assert replace(entry, checkpoint=tmp_path / "other").key == entry.key
+    head, tree = eagle3.load_head(folder)
+    head.norm.weight.data.add_(1)
+    eagle3.save_head(head, tmp_path / "other", tree)
+    assert replace(entry, checkpoint=tmp_path / "other").key != entry.key
+
+
+def test_heads_that_were_not_trained_alike_are_refused(workshop, answers, tmp_path):
+    own = Workshop(workshop.target, tmp_path / "variants", BUDGET)
+    other = replace(own, budget=replace(BUDGET, steps=3))
+    own.train(VARIANTS["eagle3"], answers)
+    other.train(VARIANTS["eagle3_final"], answers)
+    found = replace(lab_of(own, tmp_path), trains=False)
+    with pytest.raises(ValueError, match="eagle3, eagle3_final were not trained alike"):
+        found.ablation()
+
+
+# --- tiers and single stages
+
+
+def test_a_tier_without_rows_says_by_which_command_they_are_made(workshop, tmp_path, capsys):
+    found = lab_of(workshop, tmp_path, "laptop", None)
+    assert found.show("ablation") is None
+    said = capsys.readouterr().out
+    assert "python -m specrepro.eagle3_variants" in said
+    assert "python -m specrepro.eagle3_lab ablation" in said
+    assert not len(found.run.rows), "nothing was invented"
+
+
+def test_laptop_draws_the_rows_that_full_left_and_marks_them(
+    lab, rows, workshop, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    path = tmp_path / "figures" / "eagle3" / "results.csv"
+    eagle3_lab.replace_stage(path, rows, "ablation")
+    found = lab_of(workshop, tmp_path / "run", "laptop", None)
+    assert isinstance(found.show("ablation"), Figure)
+    recalled = found.run.of("ablation")
+    assert set(recalled["source"]) == {experiment.COMMITTED}
+    assert len(recalled) == len(lab.run.of("ablation"))
+    pd.read_csv(path).assign(target="another").to_csv(path, index=False)
+    assert not found.run.recall("ablation"), "rows of another target are not drawn"
+
+
+def test_a_single_stage_replaces_its_own_rows_of_tier_full_alone(tmp_path):
+    path = tmp_path / "results.csv"
+    old = {"tier": ["full", "full", "laptop"], "stage": ["sweep", "ablation", "sweep"]}
+    pd.DataFrame(old | {"tau": [1.0, 2.0, 3.0]}).to_csv(path, index=False)
+    new = pd.DataFrame({"tier": ["full", "full"], "stage": ["sweep", "x"], "tau": [4.0, 5.0]})
+    eagle3_lab.replace_stage(path, new, "sweep")
+    found = pd.read_csv(path)
+    assert list(zip(found["tier"], found["stage"], found["tau"], strict=True)) == [
+        ("full", "ablation", 2.0),
+        ("laptop", "sweep", 3.0),
+        ("full", "sweep", 4.0),
+    ]
+
+
+def test_the_command_measures_what_is_trained_and_names_what_is_not(
+    workshop, tmp_path, monkeypatch, capsys
+):
+    prepared = lab_of(workshop, tmp_path)
+    monkeypatch.setattr(experiment, "Run", lambda *_, **__: prepared.run)
+    monkeypatch.setitem(eagle3_lab.PLANS, "full", PLAN)
+    empty = ["--work", str(tmp_path / "none"), "--checkpoint", str(prepared.checkpoint)]
+    eagle3_lab.main(["ablation", "sweep", *empty, "--num-prompts", "1"])
+    said = capsys.readouterr().out
+    assert "ablation: no rows; python -m specrepro.eagle3_variants" in said
+    assert "sweep: done" in said
+    found = pd.read_csv(prepared.run.folder / "results.csv")
+    assert set(found["stage"]) == {"sweep"} and (found["tier"] == "full").all()
+    assert set(found["num_prompts"]) == {1}
+
+
+# --- cards, and the control
+
+
+def test_tau_by_training_goes_on_where_the_first_head_stopped():
+    def card(**more):
+        recipe = {"loop": {"total_steps": 100}, "batch_tokens": 10, "method": {"tree": {}}}
+        held_out = {"held_out_tau_by_step": {"50": 1.5, "100": 1.7}, "held_out_prompts": 3}
+        return {"recipe": recipe, "processes": 2, "answer_tokens": 7, "corpus": "c" * 64} | (
+            held_out | more
+        )
+
+    first = card(stopped_after_step=80, held_out_tau_by_step={"40": 1.2})
+    found = training_cards.training_rows(card(start=first))
+    assert found["positions"].tolist() == [800, 1600 + 1000, 1600 + 2000]
+    assert found["tau"].tolist() == [1.2, 1.5, 1.7] and found["stretch"].tolist() == [1, 2, 2]
+    assert training_cards.budget_of(card(start=first))["trained_positions"] == 3600
+
+
+def test_the_committed_card_tells_how_its_head_was_trained():
+    card = training_cards.card_of(eagle3.CHECKPOINT)
+    found = training_cards.training_rows(card)
+    assert found["positions"].is_monotonic_increasing and len(found) > 5
+    assert found["tau"].between(1, 5).all()
+
+
+def test_the_control_has_the_shape_of_the_head_and_none_of_its_weights(tiny, tmp_path):
+    eagle3.save_head(make_head(tiny), tmp_path, TreeConfig(2, 5, 11))
+    ours, theirs = Drafter.load(tmp_path, tiny), eagle3_lab.controls(tmp_path)
+    (control,) = (load(tiny) for load in theirs.values())
+    again = theirs["EAGLE-3, random weights"](tiny)
+    assert control.tree == ours.tree and torch.equal(control.token_ids, ours.token_ids)
+    assert torch.equal(control.head.fc.weight, again.head.fc.weight)
+    pairs = zip(control.head.parameters(), ours.head.parameters(), strict=True)
+    assert not any(torch.equal(mine, learnt) for mine, learnt in pairs)
