@@ -59,7 +59,7 @@ _MOST_QUESTIONS = 1000  # of a generated set
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question, its right answer, and how an answer is scored: 1 is right."""
+    """One question, its right answer, and how an answer is scored: 1 is right, 0 is not."""
 
     id: str
     category: str  # the set it is of
@@ -113,7 +113,8 @@ def _generated_question(
 
     def score(stated: str) -> float:
         said = last_number(stated) if is_number else stated
-        return float(tasks.score_answer(answer=said, entry=entry))
+        # the scorers give a little for a part of the answer, and for any answer at all
+        return float(tasks.score_answer(answer=said, entry=entry) >= 1)
 
     return Question(question_id, name, entry["question"] + REASON, entry["answer"], score)
 

@@ -41,6 +41,7 @@ from specrepro.target_model import Target
 __all__ = ["Method", "Paradigm", "Question", "compare"]  # what a notebook needs of others
 
 TEMPERATURES = (0.0, 0.6)
+TREE_DEPTH = 5  # of EAGLE-3's tree, where the benchmark runs it
 MULTI_ROUND = Paradigm("multi-round", num_turns=2)
 BEST_OF_N = Paradigm("best-of-n", num_samples=4)
 BATCHED = Paradigm("best-of-n, batched", num_samples=4, is_batched=True)
@@ -54,10 +55,11 @@ HEADLINE = ("EAGLE-3", "SAM", "Recycling", "SAM[EAGLE-3]")
 class Size:
     """How much of the benchmark a tier runs; of methods, () are all that can be run."""
 
-    num_questions: int  # per set
+    num_prompts: int  # questions per set
     max_new_tokens: int
     timed: tuple[str, ...] = ()  # in multi-round thinking at temperature 0
     timed_warm: tuple[str, ...] = ()  # at 0.6
+    num_warm: int = 0  # questions per set at 0.6; 0 is all
     times_samples: bool = True  # best-of-N by every method, else the baseline's samples alone
     with_head: tuple[tuple[str, float], ...] = ((MULTI_ROUND.name, 0.0),)  # replays of the head
     has_store: bool = True  # REST's
@@ -72,11 +74,11 @@ SIZES = {
         audited=HEADLINE, num_audited=1, num_cost_rounds=20,
     ),
     "laptop": Size(
-        1, 512, HEADLINE, ("EAGLE-3", "Recycling"), times_samples=False, audited=HEADLINE,
-        num_audited=2,
+        1, 512, HEADLINE, ("EAGLE-3", "SAM", "Recycling"), num_warm=1, times_samples=False,
+        audited=HEADLINE, num_audited=1,
     ),
     "full": Size(
-        6, 512, with_head=tuple((MULTI_ROUND.name, t) for t in TEMPERATURES), num_audited=12
+        10, 512, with_head=tuple((MULTI_ROUND.name, t) for t in TEMPERATURES), num_audited=12
     ),
     "paper": Size(30, 15_000),
 }  # fmt: skip
@@ -89,7 +91,7 @@ def questions(
 
     `folder` holds a folder for each of the benchmark's sets, where they do not come from the Hub.
     """
-    num = num_questions or SIZES[tier].num_questions
+    num = num_questions or SIZES[tier].num_prompts
     if tier != "paper":
         found = [reasoning.generated(name, num, seed) for name in reasoning.GENERATED]
     else:
@@ -98,6 +100,17 @@ def questions(
             for name in reasoning.FROM_HUB
         ]
     return sum(found, [])
+
+
+def measures(tier: str, num_prompts: int, max_new_tokens: int) -> str:
+    """What a run of a tier decodes, in a line."""
+    num_sets = len(reasoning.FROM_HUB if tier == "paper" else reasoning.GENERATED)
+    timed = ", ".join(SIZES[tier].timed) or "every method"
+    return (
+        f"{num_prompts} questions of each of {num_sets} sets, in two turns at temperature 0 and"
+        f" {TEMPERATURES[-1]} and in four samples, {max_new_tokens} new tokens, by {timed} and the"
+        " baseline"
+    )
 
 
 # --- the methods
@@ -112,9 +125,6 @@ NGRAM_METHODS = {
         "n-gram", "run", lambda shares: recycling.TokenRecycling(carries=True, shares=shares)
     ),
 }
-HOW_TO_TRAIN = (
-    "no checkpoint at {folder}: train one with `python -m specrepro.{module} CORPUS {folder}`"
-)
 
 
 def methods(
@@ -138,13 +148,19 @@ def methods(
     if (Path(checkpoint) / "config.json").is_file():
         found |= _with_head(target, checkpoint, tree)
     else:
-        line = HOW_TO_TRAIN.format(folder=checkpoint, module="eagle3")
+        line = _how_to_train(checkpoint, "eagle3")
         left_out |= dict.fromkeys(("EAGLE-3", "SAM[EAGLE-3]", "Suffix[EAGLE-3]"), line)
     if Path(draft_model) == draft_lm.CHECKPOINT and not draft_lm.CHECKPOINT.is_dir():
-        left_out["SpS"] = HOW_TO_TRAIN.format(folder=draft_model, module="draft_lm")
+        left_out["SpS"] = _how_to_train(draft_model, "draft_lm")
     else:
         found["SpS"] = Method("model-based", "turn", lambda _: small_model(target, draft_model))
     return found, left_out
+
+
+def _how_to_train(folder: Path | str, module: str) -> str:
+    here = Path(folder).absolute()
+    shown = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else folder
+    return f"no checkpoint at {shown}: train one with `python -m specrepro.{module} CORPUS {shown}`"
 
 
 def _with_head(

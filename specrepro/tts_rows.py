@@ -1,4 +1,4 @@
-"""What the records of SpecTTS-Bench add up to, and their export in Spec-Bench's layout.
+"""What the records of SpecTTS-Bench add up to: rows per paradigm, turn and source.
 
 Decode rows are those of `rows`, per paradigm: `tau` over all rounds, beside it `tau_per_round`
 (only rounds that drafted) and `tau_per_request` (the mean of generations), since tools differ in
@@ -12,20 +12,16 @@ A session is what is resampled for intervals: its turns and samples are not inde
 
 from __future__ import annotations
 
-import json
-import time
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from specrepro import rows
-from specrepro.checkpoints import write_text
 from specrepro.measure import AUTOREGRESSIVE, Record
 from specrepro.rows import bootstrap, interval
 from specrepro.tts import Replayed
@@ -217,6 +213,22 @@ def _over(number: float, of: float) -> float:
 # --- comparisons
 
 
+def consistency(records: Sequence[Record], method: str) -> tuple[float, float]:
+    """The measured speedup after prefill, and what tau and the cost of a round make of it.
+
+    tau times the seconds of an autoregressive round over those of the method's.
+    """
+    sides = []
+    for name in (method, AUTOREGRESSIVE):
+        mine = [r for r in records if r.method == name and r.error is None and r.target_passes]
+        seconds = sum(record.seconds - record.prefill_seconds for record in mine)
+        passes, emitted = (sum(r.target_passes for r in mine), sum(sum(r.emitted) for r in mine))
+        parts = sum(sum(r.seconds_by_part.values()) - r.seconds_by_part["prefill"] for r in mine)
+        sides.append((emitted / seconds, emitted / passes, parts / passes))
+    (own_rate, tau, own_round), (base_rate, _, base_round) = sides
+    return own_rate / base_rate, tau * base_round / own_round
+
+
 def changes(before: Sequence[Record], after: Sequence[Record], quantity: str) -> pd.DataFrame:
     """Rows of `quantity`: how much tau and speedup change from one part of the records to another.
 
@@ -328,13 +340,13 @@ def _gain(speedups: np.ndarray) -> np.ndarray:
 def generation_rows(records: Sequence[Record]) -> pd.DataFrame:
     """Rows of quantity "generation": each answer's tau, and how much of it was said before in it.
 
-    `repetition` is the share of its 4-grams that it repeats.
+    `repeated` is the share of its 4-grams that it repeats.
     """
     names = [*SLICE, "paradigm", "session", "turn", "sample", "new_tokens", "score"]
     return pd.DataFrame(
         [
             {name: getattr(one, name) for name in names}
-            | {"quantity": "generation", "repetition": rows.repetition(one.tokens)}
+            | {"quantity": "generation", "repeated": rows.repetition(one.tokens)}
             | {"tau": sum(one.emitted) / one.target_passes}
             for one in records
             if one.error is None and one.target_passes and one.repeat == 0
@@ -397,114 +409,3 @@ def _replay_row(
     named |= {"temperature": first.temperature, "batch": 1, "num_prompts": len(sessions)}
     values = {"tau": totals[0] / totals[1], "tau_low": low, "tau_high": high}
     return named | values | dict(columns)
-
-
-# --- one request, and export
-
-
-def request_summary(record: Record) -> dict[str, Any]:
-    """The acceptance of one generation, under the names that vLLM gives per request."""
-    if record.error is not None:
-        return {"error": record.error}
-    emitted, drafted = record.emitted, record.drafted
-    accepted = [num - 1 for num in emitted]
-    by_length: dict[int, Counter[int]] = defaultdict(Counter)
-    for num_drafted, num_accepted in zip(drafted, accepted, strict=True):
-        by_length[num_drafted][num_accepted] += 1
-    return {
-        "mean_acceptance_length": _over(sum(emitted), len(emitted)),
-        "draft_acceptance_rate": _over(sum(accepted), sum(drafted)),
-        "acceptance_histogram": dict(sorted(Counter(accepted).items())),
-        "acceptance_histogram_by_draft_length": {k: dict(v) for k, v in sorted(by_length.items())},
-        "num_spec_steps": len(emitted),
-        "steps_without_draft": drafted.count(0),
-        "num_accepted_draft_tokens": sum(accepted),
-        "num_draft_tokens": sum(drafted),
-        "per_step_accepted": accepted,
-        "per_step_drafted": drafted,
-        "turn": record.turn,
-        "sample_index": record.sample - 1,
-        "forced": len(record.forced),
-    }
-
-
-def conditional_acceptance(accepted: Sequence[int]) -> list[float]:
-    """How often a round that accepted n - 1 tokens accepts an nth, for n = 1, 2, ...
-
-    One and the sums of their products are the mean acceptance length.
-    """
-    counts = [sum(num >= n for num in accepted) for n in range(max(accepted, default=0) + 2)]
-    return [_over(after, before) for before, after in zip(counts, counts[1:-1], strict=False)]
-
-
-def consistency(records: Sequence[Record], method: str) -> tuple[float, float]:
-    """The measured speedup after prefill, and what tau and the cost of a round make of it.
-
-    tau times the seconds of an autoregressive round over those of the method's.
-    """
-    sides = []
-    for name in (method, AUTOREGRESSIVE):
-        mine = [r for r in records if r.method == name and r.error is None and r.target_passes]
-        seconds = sum(record.seconds - record.prefill_seconds for record in mine)
-        passes, emitted = (sum(r.target_passes for r in mine), sum(sum(r.emitted) for r in mine))
-        parts = sum(sum(r.seconds_by_part.values()) - r.seconds_by_part["prefill"] for r in mine)
-        sides.append((emitted / seconds, emitted / passes, parts / passes))
-    (own_rate, tau, own_round), (base_rate, _, base_round) = sides
-    return own_rate / base_rate, tau * base_round / own_round
-
-
-def export(records: Sequence[Record], folder: str | Path, decode: Callable[..., str]) -> list[Path]:
-    """A .jsonl file per method, paradigm and temperature, as Spec-Bench's scripts read them.
-
-    Turns and samples are the turns of one choice. A round after prefill is a decoding step, and
-    what it emitted its accept length, so that these add up to `new_tokens`; the prefill's own token
-    is in the text alone. Questions of which a generation failed are left out. `decode` makes text
-    of token ids.
-    """
-    files: dict[tuple[Any, ...], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        if record.repeat == 0:
-            key = (record.method, record.paradigm, record.temperature)
-            files[key][record.session].append(record)
-    return [_export_one(key, sessions, Path(folder), decode) for key, sessions in files.items()]
-
-
-def _export_one(
-    key: tuple[Any, ...],
-    sessions: Mapping[str, list[Record]],
-    folder: Path,
-    decode: Callable[..., str],
-) -> Path:
-    method, paradigm, temperature = key
-    model = f"{method}, {paradigm}, temperature {temperature:g}"
-    lines = [
-        json.dumps(_spec_bench_row(session, mine, model, decode)) + "\n"
-        for session, mine in sessions.items()
-        if all(record.error is None for record in mine)
-    ]
-    path = folder / f"{model.replace(', ', '-').replace(' ', '-')}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(lines))
-    return path
-
-
-def _spec_bench_row(
-    session: str, records: list[Record], model: str, decode: Callable[..., str]
-) -> dict[str, Any]:
-    ordered = sorted(records, key=lambda record: (record.turn, record.sample))
-    choice = {
-        "index": 0,
-        "turns": [decode(record.tokens, skip_special_tokens=True) for record in ordered],
-        "decoding_steps": [record.target_passes for record in ordered],
-        "new_tokens": [sum(record.emitted) for record in ordered],
-        "wall_time": [record.seconds for record in ordered],
-        "accept_lengths": [num for record in ordered for num in record.emitted],
-    }
-    return {
-        "question_id": session,
-        "category": ordered[0].prompts,
-        "answer_id": f"{model}, {session}",
-        "model_id": model,
-        "choices": [choice],
-        "tstamp": time.time(),
-    }

@@ -10,6 +10,7 @@ import pytest
 from test_eagle3 import make_head
 from test_tts_sessions import QUESTIONS, of
 
+from specrepro import __main__ as command_line
 from specrepro import draft_lm, eagle3, hybrid, ngram, reasoning, tts
 from specrepro.decoding import Thinking
 from specrepro.eagle3 import TreeConfig
@@ -136,6 +137,17 @@ def test_a_tier_says_which_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.category for one in tts.questions("smoke")] == ["arithmetic", "algebra", "logic"]
     assert len(tts.questions("laptop", 3)) == 9
     assert tts.SIZES["laptop"].max_new_tokens == 512 and tts.SIZES["paper"] == tts.Size(30, 15_000)
+
+
+def test_a_dry_run_says_what_a_tier_decodes(capsys: pytest.CaptureFixture) -> None:
+    assert command_line.main(["tts", "--dry-run", "-p", "num_prompts", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "3 questions of each of 3 sets" in said and "512 new tokens, by EAGLE-3, SAM" in said
+    assert command_line.main(["tts", "--tier", "paper", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "Qwen/Qwen3-8B" in said and "depth 5, top-k 10, 60 nodes" in said
+    assert "30 questions of each of 4 sets" in said and "15000 new tokens, by every method" in said
+    assert "aime" in said and "cnn_dailymail" not in said
 
 
 @pytest.mark.slow

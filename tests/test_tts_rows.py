@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from specrepro import rows, tts_rows
+from specrepro import rows, tts_export, tts_rows
 from specrepro.hybrid import Round
 from specrepro.measure import AUTOREGRESSIVE, Record
 from specrepro.tts import Replayed, Spoken
@@ -77,7 +78,7 @@ def test_the_mean_acceptance_is_one_and_the_sum_of_products_of_conditional_rates
     rng = random.Random(0)
     for _ in range(300):
         accepted = [rng.choice((0, 0, 1, 2, 5, 9)) for _ in range(rng.randint(1, 40))]
-        rates = tts_rows.conditional_acceptance(accepted)
+        rates = tts_export.conditional_acceptance(accepted)
         length = 1 + sum(np.prod(rates[: n + 1]) for n in range(len(rates)))
         assert length == pytest.approx(np.mean(accepted) + 1, abs=1e-9)
         assert len(rates) == max(accepted)
@@ -87,7 +88,7 @@ def test_a_request_adds_up() -> None:
     cut = record("SAM", "a", [4, 0, 2], drafted=[5, 0, 7])
     cut.tokens = cut.tokens[:-2]  # the last round ran beyond the end
     cut.new_tokens = len(cut.tokens)
-    found = tts_rows.request_summary(cut)
+    found = tts_export.request_summary(cut)
     assert sum(found["acceptance_histogram"].values()) == found["num_spec_steps"] == 3
     lengths = found["acceptance_histogram_by_draft_length"]
     assert sum(sum(counts.values()) for counts in lengths.values()) == 3
@@ -95,9 +96,11 @@ def test_a_request_adds_up() -> None:
     assert sum(n + 1 for n in found["per_step_accepted"]) == cut.new_tokens - 1
     assert found["mean_acceptance_length"] == pytest.approx((cut.new_tokens - 1) / 3)
     assert found["draft_acceptance_rate"] == pytest.approx(4 / 12)
-    assert tts_rows.request_summary(failed("SAM", "a")) == {"error": "RuntimeError: out of memory"}
-    nothing = tts_rows.request_summary(record("SAM", "a", []))
-    assert np.isnan(nothing["mean_acceptance_length"]) and nothing["num_spec_steps"] == 0
+    assert tts_export.request_summary(failed("SAM", "a")) == {
+        "error": "RuntimeError: out of memory"
+    }
+    nothing = tts_export.request_summary(record("SAM", "a", []))
+    assert nothing["mean_acceptance_length"] is None and nothing["num_spec_steps"] == 0
 
 
 # --- rows
@@ -197,6 +200,91 @@ def test_a_failed_question_is_a_row_and_leaves_every_ratio() -> None:
     assert (row["num_prompts"], row["num_failed"]) == (2, 2)
 
 
+# --- comparisons
+
+
+def two_parts() -> tuple[list[Record], list[Record]]:
+    """The same three questions in two parts: SAM's tau doubles, its speedup goes from 2 to 3."""
+    before, after = [], []
+    for n, name in enumerate("abc"):
+        before += [baseline(name, 9, 4.0 + n), record("SAM", name, [1, 1, 1, 1], 2.0 + n / 2)]
+        after += [baseline(name, 9, 6.0 + n), record("SAM", name, [3, 3], 2.0 + n / 3)]
+    return before, after
+
+
+def test_a_change_is_the_ratio_of_both_parts_less_one() -> None:
+    before, after = two_parts()
+    alone = record("SAM", "d", [9, 9])  # of the second part alone
+    found = tts_rows.changes(before, [*after, alone], "rise").set_index("metric")
+    assert set(found["quantity"]) == {"rise"} and set(found["num_prompts"]) == {3}
+    assert found["value"].to_dict() == pytest.approx({"tau": 1.0, "speedup": 0.5})
+    assert found.loc["tau", "value_low"] == found.loc["tau", "value_high"] == pytest.approx(1.0)
+    silent = [one for one in after if one.method == AUTOREGRESSIVE]
+    assert tts_rows.changes(before, silent, "rise").empty
+
+
+def test_a_replay_changes_in_tau_and_says_nothing_of_speed() -> None:
+    before, after = two_parts()
+    untimed = [replace(r, seconds=None) if r.method == "SAM" else r for r in after]
+    found = tts_rows.changes(before, untimed, "fall_off")
+    assert found["metric"].tolist() == ["tau"] and found["value"].tolist() == [1.0]
+
+
+def test_the_hybrid_is_held_against_the_faster_of_its_parts() -> None:
+    records = []
+    for prompts, parts in {"logic": (2.0, 4.0), "algebra": (4.0, 2.5)}.items():
+        for n in (1, 2):
+            here = {"prompts": prompts}
+            records += [baseline(f"{prompts}{n}", 9, 8.0 * n, **here)]
+            records += [record("hybrid", f"{prompts}{n}", [7], 2.0 * n, **here)]
+            records += [
+                record(name, f"{prompts}{n}", [7], seconds * n, **here)
+                for name, seconds in zip(("one", "other"), parts, strict=True)
+            ]
+    found = tts_rows.gains(records, "hybrid", ("one", "other"), "the parts")
+    values = found.set_index("prompts")["value"].to_dict()
+    # speedups 4, 4 of the hybrid; 4, 2 of the one part; 2, 3.2 of the other
+    assert values["logic"] == pytest.approx(0.0) and values["algebra"] == pytest.approx(0.25)
+    assert values["mean"] == pytest.approx(4 / 3 - 1)
+    assert values["overall"] == pytest.approx(4 / (2 * 24 / 18) - 1)
+    assert found.set_index("prompts")["num_prompts"].to_dict() == {
+        "logic": 2, "algebra": 2, "mean": 4, "overall": 4,
+    }  # fmt: skip
+    alike = found[found["prompts"] != "overall"]
+    assert (alike["value_high"] - alike["value_low"]).abs().max() < 1e-9, "as are the questions"
+    assert tts_rows.gains(records, "hybrid", ("nobody",), "nobody").empty
+
+
+def test_a_question_that_one_side_failed_counts_for_neither() -> None:
+    before, after = two_parts()
+    after += [baseline("c", 9, 6.0, 2), failed("SAM", "c", turn=2)]
+    found = tts_rows.changes(before, after, "rise")
+    assert set(found["num_prompts"]) == {2}
+
+
+def test_answers_have_their_tau_and_how_much_they_repeat() -> None:
+    once, again = record("SAM", "a", [4, 4]), record("SAM", "b", [4, 4])
+    again.tokens = [7] * len(again.tokens)
+    found = tts_rows.generation_rows([once, again, failed("SAM", "c")]).set_index("session")
+    assert found["tau"].to_dict() == {"a": 5.0, "b": 5.0}
+    assert found.loc["a", "repeated"] == 0 and found.loc["b", "repeated"] == 7 / 8
+
+
+def test_a_replay_that_is_not_what_was_recorded_is_counted() -> None:
+    own = record("SAM", "a", [4, 0, 2], sources=["own", "none", "own"])
+
+    def check(accepted: list[int], sources: list[str]) -> float:
+        rounds = [Round(*pair) for pair in zip(sources, accepted, strict=True)]
+        row = tts_rows.replay_check([[Replayed(Spoken(own, [1]), rounds)]])
+        assert row["value"] == row["value_low"] == row["value_high"] and row["num_prompts"] == 1
+        return row["value"]
+
+    assert check([4, 0, 2], ["own", "none", "own"]) == 0
+    assert check([4, 0, 9], ["own", "none", "own"]) == 0, "nobody recorded what was beyond the end"
+    assert check([3, 1, 2], ["own", "none", "own"]) == 1
+    assert check([4, 0, 2], ["own", "own", "own"]) == 1
+
+
 # --- where the time and the drafts come from
 
 
@@ -251,7 +339,7 @@ def test_the_export_is_what_spec_benchs_scripts_read(tmp_path: Path) -> None:
     cut = record("SAM", "d", [4, 4], 2.0)
     cut.tokens = cut.tokens[:-3]  # the last round ran beyond the end
     cut.new_tokens = len(cut.tokens)
-    files = tts_rows.export(
+    files = tts_export.export(
         [*RECORDS, failed("SAM", "c"), cut], tmp_path, lambda tokens, **_: f"{len(tokens)} tokens"
     )
     assert len(files) == 2
@@ -274,3 +362,15 @@ def test_the_export_is_what_spec_benchs_scripts_read(tmp_path: Path) -> None:
     # mean accepted tokens as the scripts take it, pooled over all questions and turns
     pooled = [num for one in lines[:2] for num in one["choices"][0]["accept_lengths"]]
     assert np.mean(pooled) == pytest.approx(decoded().loc["SAM", "overall"]["tau"])
+
+
+def test_every_generation_is_a_request_with_its_rounds(tmp_path: Path) -> None:
+    """JSON knows no missing numbers, so what is unknown is null."""
+    nothing = record("SAM", "e", [])
+    path = tts_export.write_requests([*RECORDS, failed("SAM", "c"), nothing], tmp_path)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert len(lines) == len(RECORDS) + 2 and lines[-1]["mean_acceptance_length"] is None
+    assert lines[-2] | {"error": "RuntimeError: out of memory"} == lines[-2]
+    first = lines[1]
+    assert (first["method"], first["session"], first["score"]) == ("SAM", "a", 1.0)
+    assert first["per_step_accepted"] == [4, 4] and first["num_draft_tokens"] == 8
