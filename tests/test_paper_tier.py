@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import huggingface_hub
@@ -295,6 +296,7 @@ def test_half_precision_and_the_float32_audit_are_the_settings(one, tmp_path):
     run = experiment.Run("eagle3", tier="paper", target=one.target, figures_dir=tmp_path)
     assert run.dtype == one.dtype and run.reported_model == one.model
     stages = []
+    run.target = SimpleNamespace(dtype=getattr(torch, run.dtype))
     run.stage = lambda name, make: stages.append(name)
     run.audit({})
     assert any("float32" in name for name in stages) == one.exact
