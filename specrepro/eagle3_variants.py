@@ -219,8 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="variants to train, in this order", metavar="VARIANT")  # fmt: skip
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
     parser.add_argument("--work", type=Path, default=WORK, help="where variants go")
-    parser.add_argument("--share", type=float, default=Budget.share, help="of the corpus")
-    parser.add_argument("--epochs", type=float, default=Budget.epochs)
+    parser.add_argument("--share", type=float, default=Budget().share, help="of the corpus")
+    parser.add_argument("--epochs", type=float, default=Budget().epochs)
     parser.add_argument("--steps", type=int, help="on that share, in place of --epochs")
     parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
