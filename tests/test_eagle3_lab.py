@@ -400,3 +400,13 @@ def test_the_control_has_the_shape_of_the_head_and_none_of_its_weights(tiny, tmp
     assert torch.equal(control.head.fc.weight, again.head.fc.weight)
     pairs = zip(control.head.parameters(), ours.head.parameters(), strict=True)
     assert not any(torch.equal(mine, learnt) for mine, learnt in pairs)
+
+
+def test_the_command_trains_every_variant_on_the_default_budget(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(eagle3_variants, "load_target", lambda name: None)
+    monkeypatch.setattr(eagle3_variants, "train_all", lambda *arguments: asked.append(arguments))
+    eagle3_variants.main([str(tmp_path)])
+    (workshop, variants, folder) = asked[0]
+    assert workshop.budget == eagle3_variants.Budget() and folder == tmp_path
+    assert variants == list(eagle3_variants.VARIANTS.values())

@@ -62,6 +62,14 @@ def test_a_contender_that_cannot_run_is_a_row_that_says_why() -> None:
     assert rows["here"]["milliseconds"] >= 0
 
 
+def test_ratios_are_to_the_first_contender_or_there_are_none():
+    def absent() -> None:
+        raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        list(kernel_timings.compared({"absent": absent, "here": int}, "cpu", turns=1))
+
+
 def test_the_pass_beside_ours_is_the_same_pass(targets: tuple[Target, Target]) -> None:
     tree = kernel_timings._bushy_tree(60, "cpu")
     ours, dense = (
