@@ -84,7 +84,13 @@ else
 fi
 
 case $1 in
-  test) exec "$python" -m pytest "${@:2}" ;;
+  test)
+    if [ $# = 1 ]; then # all of them: files side by side, each on one thread; chosen ones go as pytest is told
+      export OMP_NUM_THREADS=1
+      set -- test --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+    fi
+    exec "$python" -m pytest "${@:2}"
+    ;;
   lab) exec "$python" -m jupyterlab "${@:2}" --ip=127.0.0.1 ;;
   lint) "$python" -m ruff check . && exec "$python" -m ruff format --check . ;;
   *) exec "$python" -m specrepro "$@" ;;

@@ -79,7 +79,7 @@ _ALL_SETS = (*_SETS, "instruction", "summarisation")
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _MANY = dict.fromkeys(_BATCHES, ("chat",)) | {1: _ALL_SETS, 8: _ALL_SETS}
 _FEW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 60)  # EAGLE-3's default among them, at batch 8 too
-_FEW = Grid(_BATCHES, 256, 1, _FEW_SIZES, max_rows=480, warm_up=2, repeats=12)
+_FEW = Grid(_BATCHES, 256, 1, _FEW_SIZES, max_rows=480, warm_up=2, repeats=10)
 _FULL = Grid(sizes=(1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 60, 96), max_rows=960, repeats=20)
 _PAPER_SETS = (*_ALL_SETS, "questions")
 PLANS = {
