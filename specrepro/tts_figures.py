@@ -95,7 +95,7 @@ def _beside(reported: pd.DataFrame | None, quantity: str, methods: Sequence[str]
 def radar(rows: pd.DataFrame, reported: pd.DataFrame | None = None) -> Figure:
     """tau and speedup of every method on each data set and on all, greedy, in two turns."""
     with style():
-        figure = _figure(9.6, 5.2)
+        figure = _figure(9.6, 6.0)
         panels = figure.subplots(1, 2, subplot_kw={"projection": "polar"})
         drawn = []
         for axes, metric in zip(panels, _LABELS, strict=True):
