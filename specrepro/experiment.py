@@ -45,9 +45,13 @@ README = ROOT / "README.md"
 PAPERS = {
     "eagle3": "EAGLE-3: a draft head on fused features, trained by testing itself (2503.01840)",
     "cast": "CAST: the draft tree grown against the measured cost of inference (2510.26577)",
+    "adaeagle": "AdaEAGLE: predict how many tokens are worth drafting (2412.18910)",
     "tts": "SpecTTS-Bench: trained and training-free drafters at test-time scaling (2509.04474)",
 }
-REPORTED_MODEL = {"tts": "Qwen3-8B"}  # of a paper's tables, where it is not Llama-3.1-8B
+REPORTED_MODEL = {
+    "adaeagle": "Vicuna-7B",
+    "tts": "Qwen3-8B",
+}  # of a paper's tables, where it is not Llama-3.1-8B
 COMMITTED = "committed full rows"
 NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 Loaders = Mapping[str, Callable[[targets.Target], decoding.Drafter]]
@@ -420,14 +424,14 @@ def with_tables(text: str) -> str:
 def table_of(paper: str) -> str:
     """Speedup and tau per prompt set with intervals, measured beside reported, in Markdown.
 
-    With a column of batch sizes, or of paradigms, where the paper's own tables have one.
+    With a column of batch sizes where the paper's own tables have one.
     """
     path = ROOT / "figures" / paper / "results.csv"
     if not path.is_file():
         return "Not measured yet.\n"
     reported = claims.reported(paper)
     reported = reported[(reported["quantity"] == "decode") & (reported["by"] == "authors")]
-    reported = reported[reported["model"] == "Llama-3.1-8B"]
+    reported = reported[reported["model"] == reported_model(paper)]
     batches = reported["batch"].dropna().unique() if "batch" in reported else []
     found = pd.read_csv(path)
     decoded = found[(found["quantity"] == "decode") & found["batch"].isin([1, *batches])]
@@ -437,7 +441,7 @@ def table_of(paper: str) -> str:
     decoded = best_tier(decoded)
     keys = ["method", "temperature", *(["batch"] if len(batches) else []), "prompts"]
     names = ["method", "T", *(["batch"] if len(batches) else []), "prompts", "n", "speedup [95 %]"]
-    names += ["tau [95 %]", "reported (Llama-3.1-8B)"]
+    names += ["tau [95 %]", f"reported ({reported_model(paper)})"]
     head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
     lines = [_table_line(row, keys, reported) for row in decoded.to_dict("records")]
     return head + "".join(lines) + _provenance(decoded)
@@ -449,20 +453,24 @@ def best_tier(found: pd.DataFrame) -> pd.DataFrame:
     return found[found["tier"] == present[-1]]
 
 
+_UNITS = (("speedup", "x"), ("tau", ""))
+
+
 def _table_line(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFrame) -> str:
     is_beside = pd.Series(True, index=reported.index)
-    for key in keys:
+    for key in [*keys, *({"paradigm"} & row.keys() & set(reported))]:
         is_beside &= reported[key] == row[key]
     theirs = [_reported_cell(one) for one in reported[is_beside].to_dict("records")][:1]
-    ours = [_measured_cell(row, name, unit) for name, unit in (("speedup", "x"), ("tau", ""))]
+    ours = [_measured_cell(row, name, unit) for name, unit in _UNITS]
     place = [f"{row[key]:g}" if key in ("temperature", "batch") else row[key] for key in keys]
     cells = [*place, f"{row['num_prompts']:g}", *ours, *(theirs or ["-"])]
     return "| " + " | ".join(cells) + " |\n"
 
 
 def _reported_cell(cell: Mapping[str, object]) -> str:
-    tau = cell.get("tau")
-    return f"{cell['speedup']:.2f}x" + ("" if tau is None or pd.isna(tau) else f" / {tau:.2f}")
+    """Speedup and tau, as far as the paper tells them."""
+    found = ["-" if pd.isna(cell.get(n)) else f"{cell[n]:.2f}{unit}" for n, unit in _UNITS]
+    return " / ".join(found).removesuffix(" / -")
 
 
 def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:

@@ -195,7 +195,7 @@ class Recorded:
 
     def begin(self, *_: Any) -> None:
         """Go to the first position of every trace."""
-        self.rows = self.starts.clone()
+        self.rows, self.widths = self.starts.clone(), []
 
     def propose(self) -> DraftTree:
         return self._grow(self.tree)

@@ -313,7 +313,11 @@ def test_incremental_drafting_is_one_full_pass_over_target_features(target, memo
     assert max(run.accepted) > 2 and len(run.accepted) > 8
 
 
-@pytest.mark.parametrize("tree", [TreeConfig(3, 6, 16), StaticTree(), StaticTree(2, 10)], ids=["grown", "fixed", "ten fixed"])
+@pytest.mark.parametrize(
+    "tree",
+    [TreeConfig(3, 6, 16), StaticTree(), StaticTree(2, 10)],
+    ids=["grown", "fixed", "small"],
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_output_is_the_targets_own(target, memorised, tree, temperature):
     asked = [PROMPT, [30, 31, 32], [50, 9, 8, 7, 6, 5, 44, 43, 42, 41]]

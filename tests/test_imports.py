@@ -103,7 +103,19 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "cast_figures": {"figures"},
     "gto": EXTENDS_EAGLE3,
     "fasteagle": EXTENDS_EAGLE3,
-    "adaeagle": EXTENDS_EAGLE3,
+    "draft_labels": {"corpus", "decoding", "eagle3", "target_model"},
+    "adaeagle": EXTENDS_EAGLE3 | {"eagle2", "draft_labels"},
+    "adaeagle_predictors": {
+        "adaeagle", "recipes", "corpus", "checkpoints", "measure", "target_model",
+    },
+    "adaeagle_rows": {
+        "adaeagle", "replay", "cost_table", "decoding", "measure", "rows", "target_model",
+    },
+    "adaeagle_lab": {
+        "adaeagle", "adaeagle_predictors", "adaeagle_rows", "cost_table", "replay", "eagle3",
+        "recipes", "experiment", "measure", "rows", "checkpoints", "claims", "target_model",
+    },
+    "adaeagle_figures": {"figures"},
     "hybrid": NGRAM | {"ngram", "eagle3"},
     "reasoning": {"decoding", "prompts", "target_model"},
     "sessions": {
