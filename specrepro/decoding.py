@@ -26,7 +26,10 @@ from specrepro.tree_verify import Verdict, takes_kernels, verify_greedy, verify_
 
 
 class Drafter(Protocol):
-    """Proposes draft trees; all state it keeps between rounds belongs to one call of `decode`."""
+    """Proposes draft trees; all state it keeps between rounds belongs to one call of `decode`.
+
+    One that draws what it drafts may bring a `judge` of its own, with the arguments of `judge`.
+    """
 
     max_nodes: int  # most nodes of a tree, the root included
 
@@ -426,7 +429,9 @@ class _Loop:
             scores = self.target.verify(cache, tree)
         with self.clock.part("verify"):
             times = self._times(rows, batch.num_new[rows][:, None] + tree.depths())
-            verdict = judge(tree, scores, self.sampling, times)
+            # a drafter that drew what it drafted brings the rule that takes account of it
+            decide = getattr(self.drafter, "judge", judge)
+            verdict = decide(tree, scores, self.sampling, times)
             if self.thinking is not None:
                 verdict = self.thinking.overrule(verdict, batch.tokens[rows], batch.num_new[rows])
         with self.clock.part("keep"):

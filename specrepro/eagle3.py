@@ -303,8 +303,9 @@ def unroll(
     features: Tensor,  # (b, n, H)  of the target's states, paired with the token after each
     rows: Tensor,  # (b, m)  which of the n rows are trained
     steps: int,
+    path: Tensor | None = None,  # (b, m, steps)  words to follow from the rows, not the data's
 ) -> Iterator[Tensor]:
-    """Features (b, m, H) of the trained rows by step; the words are the data's."""
+    """Features (b, m, H) of the trained rows by step; the words are the data's, or the `path`'s."""
     layer = head.layer
     following = F.embedding(shift_left(tokens, 1), embedding)
     x, residual = head.layer_input(following, features)
@@ -315,7 +316,8 @@ def unroll(
     for step in range(steps):
         rotary = layer.rotary(rows + step)
         if step:
-            words = shift_left(tokens, 1 + step).gather(1, rows)
+            data = shift_left(tokens, 1 + step).gather(1, rows)
+            words = data if path is None else path[..., step - 1]
             x, residual = head.layer_input(F.embedding(words, embedding), features)
             k, v = layer.keys_values(x, rotary)
             own_k.append(k), own_v.append(v)

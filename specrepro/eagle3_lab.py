@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -137,8 +137,12 @@ class Lab:
     committed: Path = recipes.COMMITTED  # the baselines' checkpoints
     trains: bool = True  # variants that a stage of this tier lacks
 
+    stages: ClassVar[tuple[str, ...]] = STAGES
+    plans: ClassVar[Mapping[str, Any]] = PLANS
+    drawings: ClassVar[Mapping[str, Any]] = eagle3_figures.DRAWINGS
+
     def __post_init__(self) -> None:
-        self.plan = self.plan or PLANS[self.run.tier_name]
+        self.plan = self.plan or self.plans[self.run.tier_name]
         self.checkpoint = Path(self.checkpoint)
 
     # --- stages
@@ -148,13 +152,13 @@ class Lab:
         if not self.take(stage):
             print(f"{stage}: {self.remedy(stage)}")
             return None
-        name, draw = eagle3_figures.DRAWINGS[stage]
+        name, draw = self.drawings[stage]
         return self.run.save(draw(self.run.rows, reported), name)
 
     def take(self, stage: str) -> bool:
         """Add the stage's rows to the run's: recalled, measured, or, with False, none."""
-        if stage not in STAGES:
-            raise ValueError(f"unknown stage {stage!r}; choose one of {', '.join(STAGES)}")
+        if stage not in self.stages:
+            raise ValueError(f"unknown stage {stage!r}; choose one of {', '.join(self.stages)}")
         is_measured = stage in self.plan.measures
         is_recalled = self.run.tier_name == "laptop" or not is_measured
         if is_recalled and self.run.recall(stage):

@@ -45,6 +45,7 @@ README = ROOT / "README.md"
 PAPERS = {
     "eagle3": "EAGLE-3: a draft head on fused features, trained by testing itself (2503.01840)",
     "cast": "CAST: the draft tree grown against the measured cost of inference (2510.26577)",
+    "fasteagle": "FastEagle: a cascade that drafts every position in one pass (2509.20416)",
     "adaeagle": "AdaEAGLE: predict how many tokens are worth drafting (2412.18910)",
     "tts": "SpecTTS-Bench: trained and training-free drafters at test-time scaling (2509.04474)",
 }

@@ -66,9 +66,12 @@ class Recipe:
 
     @classmethod
     def of(cls, method: type[Method], target: Target) -> Recipe:
-        """The overrides for the embedded target, the paper's own settings for every other."""
+        """The overrides for the embedded target, the paper's own settings for every other.
+
+        A method may bring a `LOOP` where the optimisation is not EAGLE-3's.
+        """
         if target.name != EMBEDDED:
-            return cls(method())
+            return cls(method(), getattr(method, "LOOP", draft_training.LoopConfig()))
         own = yaml.safe_load(OVERRIDES.read_text())[method.name]
         loop = draft_training.LoopConfig(**own.pop("loop"))
         sizes = {name: own.pop(name) for name in ("batch_tokens", "epochs")}
@@ -147,6 +150,7 @@ def make_checkpoint(
     *,
     start: Path | None = None,
     evaluations: int = 4,
+    score: Callable[[nn.Module], float] | None = None,
     num_answers: int | None = None,
     resume: bool = False,
 ) -> Path:
@@ -154,7 +158,7 @@ def make_checkpoint(
 
     `num_answers` takes a fair sample of the corpus. The head begins anew, or from the checkpoint
     `start`, whose card is then part of its own. The state with the highest held-out tau of
-    `evaluations` looks is the one that is kept.
+    `evaluations` looks is the one that is kept, unless `score` takes the place of that tau.
     """
     began = time.perf_counter()
     features = corpus.FeatureCache(corpus_folder, target.hidden_size, num_answers)
@@ -165,7 +169,7 @@ def make_checkpoint(
     recipe, questions = replace(recipe, loop=loop), held_out_questions(target)
     module = train(
         recipe, target, features, work, start=start, resume=resume,
-        score=lambda module: held_out_tau(recipe.method, module, target, questions),
+        score=score or (lambda module: held_out_tau(recipe.method, module, target, questions)),
     )  # fmt: skip
     if draft_training.is_first_process():
         recipe.method.save(module, destination)

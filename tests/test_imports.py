@@ -101,8 +101,40 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "draft_tree",
     },
     "cast_figures": {"figures"},
-    "gto": EXTENDS_EAGLE3,
-    "fasteagle": EXTENDS_EAGLE3,
+    "forest": {"decoding", "draft_tree", "target_model"},
+    "gto": EXTENDS_EAGLE3 | {"forest"},
+    "gto_arms": {
+        "gto", "eagle3", "eagle3_variants", "recipes", "corpus", "draft_training", "checkpoints",
+        "target_model",
+    },
+    "gto_rows": {
+        "gto", "corpus", "rows", "decoding", "draft_tree", "target_model", "tree_verify",
+    },
+    "gto_figures": {"figures"},
+    "gto_lab": {
+        "gto", "gto_arms", "gto_rows", "gto_figures", "eagle3", "eagle3_lab", "experiment",
+        "recipes", "rows", "measure", "checkpoints", "target_model", "training_cards",
+    },
+    "backbone": {"draft_tree"},
+    "cascade": {
+        "corpus", "draft_layer", "eagle3", "packed_linear", "target_model", "tree_verify",
+    },
+    # from eagle2 the cross-entropy of two states by one frozen head
+    "fasteagle": EXTENDS_EAGLE3 | {"backbone", "cascade", "eagle2"},
+    "fasteagle_variants": {
+        "fasteagle", "eagle3", "eagle3_variants", "recipes", "corpus", "draft_training",
+        "checkpoints", "target_model",
+    },
+    "fasteagle_rows": {
+        "cascade", "draft_layer", "eagle3", "fasteagle", "measure", "rows", "target_model",
+    },
+    "fasteagle_figures": {"figures"},
+    "compiled_drafting": {"eagle3", "fasteagle"},
+    "fasteagle_lab": {
+        "backbone", "cast", "checkpoints", "compiled_drafting", "cost_table", "decoding", "eagle3",
+        "eagle3_lab", "experiment", "fasteagle", "fasteagle_figures", "fasteagle_rows",
+        "fasteagle_variants", "measure", "recipes", "target_model", "training_cards",
+    },
     "draft_labels": {"corpus", "decoding", "eagle3", "target_model"},
     "adaeagle": EXTENDS_EAGLE3 | {"eagle2", "draft_labels"},
     "adaeagle_predictors": {
