@@ -151,10 +151,10 @@ def variants(rows: pd.DataFrame, reported: pd.DataFrame | None = None) -> Figure
         for row in _relative(theirs.set_index("method")).itertuples() if len(theirs) else ():
             _hollow_mark(left, names.index(row.Index), row.relative, "o", PALETTE[0])
         left.axhline(1, **_DASHED)
-        left.set_ylabel("tokens a second (times AdaEAGLE's)")
+        left.set_ylabel("tokens a second (AdaEAGLE 1)")
         left.set_xlabel("variant")
         handles = _threshold_lines(right, swept, _table(reported, "Table 5"))
-        right.set_ylabel("tokens a second (times the mean of the line)")
+        right.set_ylabel("tokens a second (mean 1)")
         right.set_xlabel("threshold on the log probability of a chain (natural logarithm)")
         _legend(figure, [*handles, _paper_handle()])
         _footnote(figure, pd.concat([ablated, swept]))

@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_cast_notebook import settings  # noqa: F401  a fixture
 from test_eagle3 import make_head
 
-from specrepro import claims, eagle3, target_model
+from specrepro import claims, eagle3, prompts, target_model
 from specrepro.eagle3 import TreeConfig
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "gto.ipynb"
+
+
+@pytest.fixture
+def settings(tiny_chat_folder, tmp_path, monkeypatch) -> dict[str, str]:
+    """A run of the smallest tier on a tiny target, with short questions."""
+
+    def load(name: str, num_prompts: int, seed: int = 0) -> list[prompts.Prompt]:
+        asked = [({"role": "user", "content": f"{name} {n}?"},) for n in range(num_prompts)]
+        return [prompts.Prompt(f"{name}/{n}", name, words) for n, words in enumerate(asked)]
+
+    monkeypatch.setattr(prompts, "load", load)
+    chosen = {"tier": "smoke", "target": str(tiny_chat_folder), "dtype": "float32"}
+    return chosen | {"figures_dir": str(tmp_path)}
 
 
 def run_notebook(chosen: dict[str, str]) -> None:
@@ -26,7 +38,7 @@ def run_notebook(chosen: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_measures_draws_and_judges(settings, tmp_path, capsys):  # noqa: F811
+def test_the_notebook_measures_draws_and_judges(settings, tmp_path, capsys):
     target = target_model.load(settings["target"], dtype="float32", device="cpu")
     heads = {
         name: make_head(target, seed=seed) for seed, name in enumerate(("start", "checkpoint"))
