@@ -95,6 +95,14 @@ def test_a_run_replaces_the_rows_of_its_own_tier_alone(tmp_path):
     assert dict(zip(found["tier"], found["tau"], strict=True)) == {"full": 3.0, "laptop": 2.5}
 
 
+def test_rows_that_name_no_tier_are_replaced_like_the_others(tmp_path):
+    path, tiers = tmp_path / "results.csv", ["laptop", None]
+    for tau in (2.0, 2.5):
+        experiment.replace_rows(path, pd.DataFrame({"tier": tiers, "tau": tau}), "laptop")
+    found = pd.read_csv(path)
+    assert list(found["tier"]) == ["laptop"] * 2 and set(found["tau"]) == {2.5}
+
+
 def test_a_stage_is_measured_once_per_configuration(tiny_run):
     tiny_run.depends_on(checkpoint="one")
     calls = []
