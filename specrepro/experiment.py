@@ -356,13 +356,9 @@ def set_aside(records: Path) -> None:
 
 
 def replace_rows(path: Path, table: pd.DataFrame, tier: str) -> None:
-    """Replace the rows of this tier in a results file and leave those of other tiers.
-
-    What lacks a tier was drawn from other rows: in `table` it is of this one, in the file stale.
-    """
-    table = table.assign(tier=tier)
+    """Replace the rows of this tier in a results file and leave those of other tiers."""
     others = pd.read_csv(path) if path.is_file() else table.iloc[:0]
-    others = others[others["tier"].notna() & (others["tier"] != tier)]
+    others = others[others["tier"] != tier]
     merged = pd.concat([others, table], ignore_index=True) if len(others) else table
     checkpoints.write_text(path, merged.to_csv(index=False))
 

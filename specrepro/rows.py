@@ -46,6 +46,7 @@ COLUMNS = [
     "speedup_low", "speedup_high", "device", "torch", "transformers", "triton", "commit", "when",
 ]  # fmt: skip
 SLICE = ["prompts", "temperature", "batch", "seed"]  # what a row never mixes
+ABOUT_RUN = ["paper", "tier", "commit", "when", "torch", "transformers", "triton"]
 SUMS = ["new_tokens", "seconds", "emitted", "target_passes", "decode_seconds"]
 PARTS = {  # of a round -> what Generation times
     "target": ("target",),
@@ -137,9 +138,17 @@ def stamp(
     source: str = MEASURED_NOW,
     paper: str | None = None,
 ) -> pd.DataFrame:
-    """Rows with their provenance, the fixed columns first; what a row says itself is kept."""
+    """Rows with their provenance, the fixed columns first; what a row says itself is kept.
+
+    A row without provenance beside others that have one is told the run, not the machine: it may
+    have been drawn from the rows of another.
+    """
     added = environment | {"tier": tier, "source": source, "paper": paper}
     rows = rows.assign(**{name: value for name, value in added.items() if name not in rows})
+    of_run = [name for name in ABOUT_RUN if added.get(name) is not None]
+    rows = rows.assign(
+        **{name: rows[name].where(rows[name].notna(), added[name]) for name in of_run}
+    )
     others = [name for name in rows.columns if name not in COLUMNS]
     return rows.reindex(columns=COLUMNS + others)
 

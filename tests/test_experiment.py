@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from specrepro import __main__ as command_line
-from specrepro import experiment
+from specrepro import experiment, rows
 
 PAPERS = list(experiment.PAPERS)
 
@@ -95,12 +95,17 @@ def test_a_run_replaces_the_rows_of_its_own_tier_alone(tmp_path):
     assert dict(zip(found["tier"], found["tau"], strict=True)) == {"full": 3.0, "laptop": 2.5}
 
 
-def test_rows_that_name_no_tier_are_replaced_like_the_others(tmp_path):
-    path, tiers = tmp_path / "results.csv", ["laptop", None]
-    for tau in (2.0, 2.5):
-        experiment.replace_rows(path, pd.DataFrame({"tier": tiers, "tau": tau}), "laptop")
-    found = pd.read_csv(path)
-    assert list(found["tier"]) == ["laptop"] * 2 and set(found["tau"]) == {2.5}
+def test_rows_beside_stamped_ones_are_told_their_run_too(tiny_run):
+    """Or nobody knows where they come from, and the next run does not replace them."""
+    tiny_run.keep(pd.DataFrame({"quantity": ["decode"], "value": [1.0]}))
+    drawn = pd.DataFrame({"quantity": ["gain"], "value": [2.0]})
+    tiny_run.keep(pd.concat([tiny_run.rows, drawn], ignore_index=True))
+    for name in rows.ABOUT_RUN:
+        assert tiny_run.rows[name].nunique(dropna=False) == 1, name
+    path = tiny_run.folder / "results.csv"
+    for _ in range(2):
+        experiment.replace_rows(path, tiny_run.rows, "smoke")
+    assert len(pd.read_csv(path)) == 3
 
 
 def test_a_stage_is_measured_once_per_configuration(tiny_run):
