@@ -18,6 +18,8 @@ from matplotlib.patches import Patch
 from specrepro.figures import (
     _DASHED,
     PALETTE,
+    SPEEDUP,
+    TAU,
     _banded_line,
     _colours,
     _figure,
@@ -30,7 +32,7 @@ from specrepro.figures import (
 )
 
 AUTOREGRESSIVE, OURS, NO_PENALTY = "Autoregressive", "AdaEAGLE", "AdaEAGLE, no penalty"
-METRICS = {"tau": "tau (tokens per target pass)", "speedup": "speedup (times autoregressive)"}
+METRICS = {"tau": TAU, "speedup": SPEEDUP}
 GREY = "#a9b8c9"
 
 
@@ -290,7 +292,7 @@ def penalty_sweep(rows: pd.DataFrame) -> Figure:
     marks = rows[rows["quantity"] == "break_even"].drop_duplicates("part")
     panels_of = {
         "tokens_per_second": "tokens a second",
-        "tau": "tau (tokens per target pass)",
+        "tau": TAU,
         "mean_length": "tokens drafted a round",
     }
     with style():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from specrepro.adaeagle_predictors import Budget
 from specrepro.adaeagle_rows import ALL, FIXED, ORACLE, AtPlaces
 from specrepro.cost_table import CostTable, Grid
 from specrepro.eagle3 import TreeConfig
-from specrepro.experiment import Run
+from specrepro.experiment import Run, sizes_of
 from specrepro.measure import AUTOREGRESSIVE, Record, dtype_name
 from specrepro.recipes import Recipe
 from specrepro.replay import REPLAYED, Trace
@@ -76,11 +76,7 @@ PLANS = {
 }  # fmt: skip
 
 
-def sizes(tier: str, num_prompts: int = 0, max_new_tokens: int = 0) -> dict[str, int]:
-    """Prompts of each set and their lengths: as asked for, else the plan's, else 0 (the tier's)."""
-    plan = PLANS.get(tier)
-    own = (plan.num_prompts, plan.max_new_tokens) if plan else (0, 0)
-    return {"num_prompts": num_prompts or own[0], "max_new_tokens": max_new_tokens or own[1]}
+sizes = partial(sizes_of, PLANS)  # of a tier: prompts of each set and their lengths
 
 
 @dataclass

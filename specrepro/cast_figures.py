@@ -20,6 +20,8 @@ from specrepro.figures import (
     _DASHED,
     PALETTE,
     PROMPT_SETS,
+    SPEEDUP,
+    TAU,
     _banded_line,
     _colours,
     _figure,
@@ -165,7 +167,7 @@ def _with_whiskers(axes: Axes, rows: pd.DataFrame, colour: str) -> None:
 def size_sweep(rows: pd.DataFrame) -> Figure:
     """tau and speedup against the nodes that are verified, a line per batch size; CAST as stars."""
     ours = _of_quantity(rows, "replay_sweep", ["total_tokens", "batch", "tau", "speedup"])
-    labels = {"tau": "tau (tokens per target pass)", "speedup": "speedup (times autoregressive)"}
+    labels = {"tau": TAU, "speedup": SPEEDUP}
     shades = _shades(ours["batch"])
     with style():
         figure = _figure(8.4, 3.4)
@@ -208,7 +210,7 @@ def speedup_bars(rows: pd.DataFrame, reported: pd.DataFrame | None = None) -> Fi
             _hollow_over_bars(axes, theirs, "speedup", prompts, ours, theirs)
             axes.set_xlabel(f"prompt set (batch {batch:g})")
             shown.append(theirs)
-        panels[0].set_ylabel("speedup (times autoregressive)")
+        panels[0].set_ylabel(SPEEDUP)
         models = _model_handles(pd.concat(shown).drop_duplicates(["model"]))
         _legend(figure, _method_handles(ours) + models, 3)
         _footnote(figure, ours)
@@ -266,7 +268,7 @@ def by_batch_size(rows: pd.DataFrame, panels_in_a_row: int = 4) -> Figure:
             _doublings(axes, f"batch size (sequences)\n{machine}")
             axes.axhline(1, **_DASHED)
         for line in grid:
-            line[0].set_ylabel("speedup (times autoregressive)")
+            line[0].set_ylabel(SPEEDUP)
         square = Line2D([], [], marker="s", linestyle="none", color="#606060")
         square.set_label("timed while decoding")
         _legend(figure, [*handles, square], columns=5)
@@ -331,7 +333,7 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
             handles = _lines_by(axes, here, "strictness", "speedup")
             _doublings(axes, f"factor on the thresholds (batch {batch:g})")
             axes.axhline(1, **_DASHED)
-        panels[0].set_ylabel("speedup (times autoregressive)")
+        panels[0].set_ylabel(SPEEDUP)
         _legend(figure, handles)
         _footnote(figure, ours)
     return figure

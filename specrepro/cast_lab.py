@@ -28,7 +28,7 @@ from specrepro import target_model as targets
 from specrepro.cost_table import CostTable, Grid
 from specrepro.decoding import Drafter
 from specrepro.eagle3 import TreeConfig
-from specrepro.experiment import Run
+from specrepro.experiment import Run, sizes_of
 from specrepro.measure import AUTOREGRESSIVE, Question, Record, dtype_name
 from specrepro.replay import MakeDrafter, Trace
 from specrepro.target_model import Target
@@ -113,11 +113,7 @@ PLANS = {
 }  # fmt: skip
 
 
-def sizes(tier: str, num_prompts: int = 0, max_new_tokens: int = 0) -> dict[str, int]:
-    """Prompts of each set and their lengths: as asked for, else CAST's own, else 0 (the tier's)."""
-    plan = PLANS.get(tier)
-    own = (plan.num_prompts, plan.max_new_tokens) if plan else (0, 0)
-    return {"num_prompts": num_prompts or own[0], "max_new_tokens": max_new_tokens or own[1]}
+sizes = partial(sizes_of, PLANS)  # of a tier: prompts of each set and their lengths
 
 
 @dataclass

@@ -15,6 +15,8 @@ from matplotlib.lines import Line2D
 
 from specrepro.figures import (
     _DASHED,
+    SPEEDUP,
+    TAU,
     _banded_line,
     _colours,
     _figure,
@@ -30,8 +32,8 @@ from specrepro.figures import (
 
 Reported = pd.DataFrame | None
 LABELS = {
-    "tau": "tau (tokens per target pass)",
-    "speedup": "speedup (times autoregressive)",
+    "tau": TAU,
+    "speedup": SPEEDUP,
     "tokens_per_second": "throughput (tokens per second)",
 }
 TABLE_2 = ("chat", "maths")

@@ -436,27 +436,42 @@ def controls(checkpoint: Path | str) -> dict[str, Load]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.eagle3_lab STAGE ...`: measure stages as tier `full` does."""
-    parser = argparse.ArgumentParser(prog="python -m specrepro.eagle3_lab", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
-                        help=", ".join(STAGES))  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, default=eagle3.CHECKPOINT, help="of the head")
-    parser.add_argument("--work", type=Path, default=WORK, help="where variants are")
-    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--num-prompts", type=int, default=0, help="of each set; 0 is the tier's")
-    parser.add_argument("--figures-dir", type=Path, default=Path("figures"))
+    parser = stage_parser("eagle3", __doc__, STAGES, eagle3.CHECKPOINT, WORK)
     options = parser.parse_args(arguments)
-    run = experiment.Run(
-        "eagle3", tier="full", target=options.target, figures_dir=options.figures_dir
-    )
-    plan = PLANS["full"]
-    plan = replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
+    run, plan = run_and_plan("eagle3", options, PLANS["full"])
     workshop = Workshop(run.target, options.work)
     load = eagle3.drafters(options.checkpoint)[OURS]
     lab = Lab(run, options.checkpoint, load, plan, workshop, trains=False)
     run.depends_on(**identity(load(run.target), options.checkpoint))
-    for stage in options.stages:
+    take_stages(lab, options.stages)
+
+
+def stage_parser(
+    paper: str, about: str, stages: Sequence[str], checkpoint: Path, work: Path
+) -> argparse.ArgumentParser:
+    """The command line of a paper's single stages."""
+    parser = argparse.ArgumentParser(prog=f"python -m specrepro.{paper}_lab", description=about)
+    parser.add_argument("stages", nargs="+", choices=stages, metavar="STAGE",
+                        help=", ".join(stages))  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="of what is measured")
+    parser.add_argument("--work", type=Path, default=work, help="where what is trained alike is")
+    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
+    parser.add_argument("--num-prompts", type=int, default=0, help="of each set; 0 is the tier's")
+    parser.add_argument("--figures-dir", type=Path, default=Path("figures"))
+    return parser
+
+
+def run_and_plan(paper: str, options: argparse.Namespace, plan: Any) -> tuple[experiment.Run, Any]:
+    """What the options of `stage_parser` ask for: a run at tier `full`, and its plan."""
+    run = experiment.Run(paper, tier="full", target=options.target, figures_dir=options.figures_dir)
+    return run, replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
+
+
+def take_stages(lab: Lab, stages: Sequence[str]) -> None:
+    """Measure each stage and put its rows in place, or say how what it lacks is made."""
+    for stage in stages:
         if is_done := lab.take(stage):
-            replace_stage(run.folder / "results.csv", run.rows, stage)
+            replace_stage(lab.run.folder / "results.csv", lab.run.rows, stage)
         print(f"{stage}: {'done' if is_done else lab.remedy(stage)}")
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -361,6 +362,15 @@ def replace_rows(path: Path, table: pd.DataFrame, tier: str) -> None:
     others = others[others["tier"] != tier]
     merged = pd.concat([others, table], ignore_index=True) if len(others) else table
     checkpoints.write_text(path, merged.to_csv(index=False))
+
+
+def sizes_of(
+    plans: Mapping[str, Any], tier: str, num_prompts: int = 0, max_new_tokens: int = 0
+) -> dict[str, int]:
+    """Prompts of each set and their lengths: as asked for, else the plan's, else 0 (the tier's)."""
+    plan = plans.get(tier)
+    own = (plan.num_prompts, plan.max_new_tokens) if plan else (0, 0)
+    return {"num_prompts": num_prompts or own[0], "max_new_tokens": max_new_tokens or own[1]}
 
 
 def tier_named(name: str) -> Tier:

@@ -15,6 +15,8 @@ from matplotlib.lines import Line2D
 
 from specrepro.figures import (
     _DASHED,
+    SPEEDUP,
+    TAU,
     _banded_line,
     _colours,
     _figure,
@@ -29,8 +31,8 @@ from specrepro.figures import (
 
 AUTOREGRESSIVE = "Autoregressive"
 LABELS = {
-    "tau": "tau (tokens per target pass)",
-    "speedup": "speedup (times autoregressive)",
+    "tau": TAU,
+    "speedup": SPEEDUP,
     "tokens_per_second": "throughput (tokens per second)",
     "megabytes": "draft cache at 1024 tokens (MB)",
     "value": "time to draft (ms)",

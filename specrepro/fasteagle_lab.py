@@ -11,7 +11,6 @@ What drafting costs is timed on untrained weights: it does not depend on what th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from specrepro import (
     compiled_drafting,
     eagle3,
     eagle3_lab,
-    experiment,
     fasteagle,
     fasteagle_figures,
     fasteagle_rows,
@@ -42,7 +40,7 @@ from specrepro.decoding import Drafter, decode, decode_autoregressively
 from specrepro.eagle3 import TreeConfig
 from specrepro.eagle3_lab import EQUAL, Entry
 from specrepro.fasteagle_variants import ABLATED, EAGLE3, OURS, SAME_TIME, WORK, Bench
-from specrepro.target_model import EMBEDDED, Target
+from specrepro.target_model import Target
 from specrepro.training_cards import budget_of, card_of
 
 SAMPLED = "FastEagle, drawn siblings"
@@ -399,31 +397,17 @@ def identity(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.fasteagle_lab STAGE ...`: measure stages as tier `full` does."""
-    parser = argparse.ArgumentParser(prog="python -m specrepro.fasteagle_lab", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
-                        help=", ".join(STAGES))  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, default=fasteagle.CHECKPOINT, help="a cascade")
+    parser = eagle3_lab.stage_parser("fasteagle", __doc__, STAGES, fasteagle.CHECKPOINT, WORK)
     parser.add_argument("--eagle3", type=Path, default=eagle3.CHECKPOINT, help="EAGLE-3's head")
-    parser.add_argument("--work", type=Path, default=WORK, help="where variants are")
-    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--num-prompts", type=int, default=0, help="of each set; 0 is the tier's")
-    parser.add_argument("--figures-dir", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    run = experiment.Run(
-        "fasteagle", tier="full", target=options.target, figures_dir=options.figures_dir
-    )
-    plan = PLANS["full"]
-    plan = replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
+    run, plan = eagle3_lab.run_and_plan("fasteagle", options, PLANS["full"])
     load = fasteagle.drafters(options.checkpoint)[OURS]
     bench = Bench(run.target, options.work)
     lab = Lab(
         run, options.checkpoint, load, plan, trains=False, eagle3_head=options.eagle3, bench=bench
     )
     run.depends_on(**identity(load(run.target), options.checkpoint, options.eagle3))
-    for stage in options.stages:
-        if is_done := lab.take(stage):
-            eagle3_lab.replace_stage(run.folder / "results.csv", run.rows, stage)
-        print(f"{stage}: {'done' if is_done else lab.remedy(stage)}")
+    eagle3_lab.take_stages(lab, options.stages)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from matplotlib.patches import Patch
 MEASURED_NOW = "measured here now"
 PALETTE = seaborn.color_palette("colorblind", 10).as_hex()
 HOLLOW_MARKERS = "oDs^vP"
+TAU, SPEEDUP = "tau (tokens per target pass)", "speedup (times autoregressive)"
 PROMPT_SETS = {
     "chat": "chat",
     "humaneval": "HumanEval",
@@ -114,7 +115,7 @@ def speedup_and_tau(rows: pd.DataFrame, reported: pd.DataFrame | None = None) ->
 
 
 def _draw_speedup_and_tau(ours: pd.DataFrame, theirs: pd.DataFrame, metrics: list[str]) -> Figure:
-    labels = {"speedup": "speedup (times autoregressive)", "tau": "tau (tokens per target pass)"}
+    labels = {"speedup": SPEEDUP, "tau": TAU}
     temperatures = sorted(ours["temperature"].unique())
     figure = _figure(0.6 + 4.2 * len(temperatures), 0.8 + 2.5 * len(metrics))
     panels = figure.subplots(len(metrics), len(temperatures), sharey="row", squeeze=False)
@@ -337,7 +338,7 @@ def _token_axis(axes: Axes, rows: pd.DataFrame) -> None:
 def tree_sweep(rows: pd.DataFrame) -> Figure:
     """Tau, and speedup where measured, against the size of the tree, a line per depth."""
     ours = _of_quantity(rows, "sweep", ["total_tokens", "draft_depth", "tau"])
-    labels = {"tau": "tau (tokens per target pass)", "speedup": "speedup (times autoregressive)"}
+    labels = {"tau": TAU, "speedup": SPEEDUP}
     metrics = [name for name in labels if name in ours and ours[name].notna().any()]
     with style():
         figure = _figure(0.6 + 3.8 * len(metrics), 3.2)

@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from specrepro.figures import (
     _DASHED,
     PROMPT_SETS,
+    SPEEDUP,
+    TAU,
     _colours,
     _figure,
     _footnote,
@@ -27,7 +29,6 @@ from specrepro.figures import (
 )
 
 Reported = pd.DataFrame | None
-TAU = "tau (tokens per target pass)"
 PATHS = {  # column of rows -> what it is
     "pruned": "greedy paths pruned (share)",
     "on_greedy_path": "accepted on the greedy path (share)",
@@ -185,7 +186,7 @@ def _by_name(ours: pd.DataFrame, along: str, metrics: Sequence[str]) -> Figure:
             for axes, temperature in zip(line, temperatures, strict=True):
                 _dots(axes, ours[ours["temperature"] == temperature], metric, along)
                 axes.set_xlabel(f"{along} (temperature {temperature:g})")
-            line[0].set_ylabel(TAU if metric == "tau" else "speedup (times autoregressive)")
+            line[0].set_ylabel(TAU if metric == "tau" else SPEEDUP)
         return _finished(figure, ours)
 
 

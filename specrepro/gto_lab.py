@@ -12,7 +12,6 @@ rows of each say.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from specrepro.gto_arms import ABLATION, ARMS, HEADLINE, WORK, Arm, Workshop
 from specrepro.gto_rows import Answered, path_rows, reward_rows
 from specrepro.measure import AUTOREGRESSIVE, Record, target_name
 from specrepro.recipes import Recipe
-from specrepro.target_model import EMBEDDED
 from specrepro.training_cards import card_of
 
 OURS, FIRST = "GTO", "EAGLE-3"
@@ -299,27 +297,15 @@ def obtain_head(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.gto_lab STAGE ...`: measure stages as tier `full` does."""
-    parser = argparse.ArgumentParser(prog="python -m specrepro.gto_lab", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
-                        help=", ".join(STAGES))  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, default=gto.CHECKPOINT, help="of the tuned head")
+    parser = eagle3_lab.stage_parser("gto", __doc__, STAGES, gto.CHECKPOINT, WORK)
     parser.add_argument("--start", type=Path, default=eagle3.CHECKPOINT, help="head to begin from")
-    parser.add_argument("--work", type=Path, default=WORK, help="where arms are")
-    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--num-prompts", type=int, default=0, help="of each set; 0 is the tier's")
-    parser.add_argument("--figures-dir", type=Path, default=Path("figures"))
     options = parser.parse_args(arguments)
-    run = experiment.Run("gto", tier="full", target=options.target, figures_dir=options.figures_dir)
-    plan = PLANS["full"]
-    plan = replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
+    run, plan = eagle3_lab.run_and_plan("gto", options, PLANS["full"])
     workshop = Workshop(run.target, options.work, options.start)
     load = gto.drafters(options.checkpoint)[OURS]
     lab = Lab(run, options.checkpoint, load, plan, workshop, trains=False, start=options.start)
     run.depends_on(**identity(load(run.target), options.checkpoint, options.start))
-    for stage in options.stages:
-        if is_done := lab.take(stage):
-            eagle3_lab.replace_stage(run.folder / "results.csv", run.rows, stage)
-        print(f"{stage}: {'done' if is_done else lab.remedy(stage)}")
+    eagle3_lab.take_stages(lab, options.stages)
 
 
 def identity(drafter: eagle3.Drafter, checkpoint: Path, start: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from matplotlib.patches import Patch
 from specrepro.figures import (
     _DASHED,
     MEASURED_NOW,
+    SPEEDUP,
+    TAU,
     _darker,
     _figure,
     _footnote,
@@ -45,7 +47,6 @@ MARKERS = {  # method -> marker of its category
 }
 _SHADES = [*seaborn.color_palette("colorblind", 10).as_hex(), "#303030"]
 COLOURS = dict(zip(MARKERS, _SHADES, strict=True))
-TAU, SPEEDUP = "tau (tokens per target pass)", "speedup (times autoregressive)"
 _LABELS = {"tau": TAU, "speedup": SPEEDUP}
 
 
