@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from specrepro import corpus, draft_training, recipes
+from specrepro import corpus, draft_training, prompts, recipes
 from specrepro.decoding import Drafter, Generation, decode, decode_autoregressively
 from specrepro.eagle3 import Eagle3, TrainingConfig, TreeConfig
 from specrepro.recipes import Recipe
@@ -24,6 +25,29 @@ RECIPE = Recipe(
     batch_tokens=120,
     epochs=0.1,
 )
+
+
+@contextmanager
+def world_of(little: Callable[..., Recipe]) -> Iterator[pytest.MonkeyPatch]:
+    """A dozen training prompts and recipes of a few steps, with nothing to choose among states."""
+    questions = [
+        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
+        for n in range(12)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "training_prompts", lambda: iter(questions))
+        patch.setattr(recipes, "held_out_questions", lambda target: [])
+        patch.setattr(recipes, "held_out_tau", lambda *_: 1.5)  # which would take most of the time
+        patch.setattr(Recipe, "of", little)
+        yield patch
+
+
+def small_corpus(target: Target, folder: Path) -> Path:
+    """`folder`, with short answers to the training prompts."""
+    corpus.generate(
+        target, list(prompts.training_prompts()), folder, max_new_tokens=12, batch_size=6
+    )
+    return folder
 
 
 def make_batch(target: Target, tokens: Tensor, is_answer: Tensor) -> corpus.Batch:

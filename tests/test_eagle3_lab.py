@@ -10,23 +10,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from drafter_cases import RECIPE
+from drafter_cases import RECIPE, small_corpus, world_of
 from matplotlib.figure import Figure
 from test_eagle3 import make_head
 
 from specrepro import (
     checkpoints,
     claims,
-    corpus,
     draft_training,
     eagle3,
     eagle3_figures,
     eagle3_lab,
     eagle3_variants,
     experiment,
-    prompts,
     recipes,
-    target_model,
     training_cards,
 )
 from specrepro import rows as rows_module
@@ -53,36 +50,20 @@ def little(method, target):
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_chat_folder):
-    return target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def small_world() -> Iterator[pytest.MonkeyPatch]:
-    """A dozen training prompts and recipes of a few steps, with nothing to choose among states."""
-    questions = [
-        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
-        for n in range(12)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "training_prompts", lambda: iter(questions))
-        patch.setattr(recipes, "held_out_questions", lambda target: [])
-        patch.setattr(recipes, "held_out_tau", lambda *_: 1.5)  # which would take most of the time
-        patch.setattr(recipes.Recipe, "of", little)
+    with world_of(little) as patch:
         yield patch
 
 
 @pytest.fixture(scope="module")
-def answers(tiny, small_world, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("answers")
-    corpus.generate(tiny, list(prompts.training_prompts()), folder, max_new_tokens=12, batch_size=6)
-    return folder
+def answers(chat_target, small_world, tmp_path_factory) -> Path:
+    return small_corpus(chat_target, tmp_path_factory.mktemp("answers"))
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny, answers, tmp_path_factory) -> Workshop:
+def workshop(chat_target, answers, tmp_path_factory) -> Workshop:
     """All variants trained, by what the command calls."""
-    found = Workshop(tiny, tmp_path_factory.mktemp("variants"), BUDGET)
+    found = Workshop(chat_target, tmp_path_factory.mktemp("variants"), BUDGET)
     eagle3_variants.train_all(found, list(VARIANTS.values()), answers)
     return found
 
@@ -391,11 +372,11 @@ def test_the_committed_card_tells_how_its_head_was_trained():
     assert found["tau"].between(1, 5).all()
 
 
-def test_the_control_has_the_shape_of_the_head_and_none_of_its_weights(tiny, tmp_path):
-    eagle3.save_head(make_head(tiny), tmp_path, TreeConfig(2, 5, 11))
-    ours, theirs = Drafter.load(tmp_path, tiny), eagle3_lab.controls(tmp_path)
-    (control,) = (load(tiny) for load in theirs.values())
-    again = theirs["EAGLE-3, random weights"](tiny)
+def test_the_control_has_the_shape_of_the_head_and_none_of_its_weights(chat_target, tmp_path):
+    eagle3.save_head(make_head(chat_target), tmp_path, TreeConfig(2, 5, 11))
+    ours, theirs = Drafter.load(tmp_path, chat_target), eagle3_lab.controls(tmp_path)
+    (control,) = (load(chat_target) for load in theirs.values())
+    again = theirs["EAGLE-3, random weights"](chat_target)
     assert control.tree == ours.tree and torch.equal(control.token_ids, ours.token_ids)
     assert torch.equal(control.head.fc.weight, again.head.fc.weight)
     pairs = zip(control.head.parameters(), ours.head.parameters(), strict=True)

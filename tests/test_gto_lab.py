@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from drafter_cases import PROMPT
+from drafter_cases import PROMPT, small_corpus, world_of
 from test_eagle3 import make_head
 
 from specrepro import (
@@ -24,9 +24,6 @@ from specrepro import (
     gto_arms,
     gto_figures,
     gto_lab,
-    prompts,
-    recipes,
-    target_model,
 )
 from specrepro.decoding import decode
 from specrepro.draft_training import LoopConfig
@@ -56,41 +53,25 @@ def little(method: type, target: object) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_chat_folder):
-    return target_model.load(str(tiny_chat_folder), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def small_world() -> Iterator[pytest.MonkeyPatch]:
-    """A dozen training prompts and recipes of a few steps, with nothing to choose among states."""
-    questions = [
-        prompts.Prompt(f"q{n}", "training", ({"role": "user", "content": "word " * (1 + n % 3)},))
-        for n in range(12)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "training_prompts", lambda: iter(questions))
-        patch.setattr(recipes, "held_out_questions", lambda target: [])
-        patch.setattr(recipes, "held_out_tau", lambda *_: 1.5)  # which would take most of the time
-        patch.setattr(Recipe, "of", little)
+    with world_of(little) as patch:
         yield patch
 
 
 @pytest.fixture(scope="module")
-def answers(tiny, small_world, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("answers")
-    corpus.generate(tiny, list(prompts.training_prompts()), folder, max_new_tokens=12, batch_size=6)
-    return folder
+def answers(chat_target, small_world, tmp_path_factory) -> Path:
+    return small_corpus(chat_target, tmp_path_factory.mktemp("answers"))
 
 
 @pytest.fixture(scope="module")
-def start(tiny, tmp_path_factory) -> Path:
-    return eagle3.save_head(make_head(tiny), tmp_path_factory.mktemp("start"), TREE)
+def start(chat_target, tmp_path_factory) -> Path:
+    return eagle3.save_head(make_head(chat_target), tmp_path_factory.mktemp("start"), TREE)
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny, answers, start, tmp_path_factory) -> Workshop:
+def workshop(chat_target, answers, start, tmp_path_factory) -> Workshop:
     """All arms tuned, by what the command calls."""
-    found = Workshop(tiny, tmp_path_factory.mktemp("arms"), start, BUDGET)
+    found = Workshop(chat_target, tmp_path_factory.mktemp("arms"), start, BUDGET)
     checkpoints.write_text(found.work / "cost.json", json.dumps(COSTS))
     gto_arms.tune_all(found, list(ARMS.values()), answers)
     return found
@@ -126,11 +107,11 @@ def test_the_greedy_path_follows_first_children():
     assert greedy_path(DraftTree.root_only(torch.tensor([7]))) == []
 
 
-def test_counts_of_paths_add_up_to_the_tokens_that_were_decoded(tiny, start):
-    drafter = eagle3.Drafter.load(start, tiny, TreeConfig(2, 6, 30))
+def test_counts_of_paths_add_up_to_the_tokens_that_were_decoded(chat_target, start):
+    drafter = eagle3.Drafter.load(start, chat_target, TreeConfig(2, 6, 30))
     watch = PathWatch(drafter, levels=3)
-    run = decode(tiny, watch, PROMPT, max_new_tokens=40)
-    assert run.tokens == decode(tiny, drafter, PROMPT, max_new_tokens=40).tokens
+    run = decode(chat_target, watch, PROMPT, max_new_tokens=40)
+    assert run.tokens == decode(chat_target, drafter, PROMPT, max_new_tokens=40).tokens
     counts = watch.counts
     assert counts["rounds"] == run.num_passes
     assert counts["tokens"] == sum(run.accepted) + run.num_passes
@@ -215,8 +196,8 @@ def test_what_a_step_costs_is_measured(workshop, answers):
     assert all(1e7 < cost["peak"] < 1e11 for cost in costs.values())
 
 
-def test_another_setting_or_head_is_refused(workshop, answers, tmp_path, tiny):
-    other = eagle3.save_head(make_head(tiny, seed=1), tmp_path, TREE)
+def test_another_setting_or_head_is_refused(workshop, answers, tmp_path, chat_target):
+    other = eagle3.save_head(make_head(chat_target, seed=1), tmp_path, TREE)
     with pytest.raises(ValueError, match="tuned with other settings or from another head"):
         replace(workshop, start=other).tune(HEADLINE[0], answers)
     with pytest.raises(ValueError, match="share is 2"):
@@ -292,8 +273,10 @@ def test_every_claim_of_arms_and_paths_finds_its_row(lab):
 # --- what is missing
 
 
-def test_without_arms_a_stage_says_how_they_are_made(tiny, start, tmp_path, small_world, capsys):
-    run = experiment.Run("gto", tier="laptop", target=tiny.name, dtype="float32",
+def test_without_arms_a_stage_says_how_they_are_made(
+    chat_target, start, tmp_path, small_world, capsys
+):
+    run = experiment.Run("gto", tier="laptop", target=chat_target.name, dtype="float32",
                          figures_dir=tmp_path)  # fmt: skip
     found = Lab(run, start, None, start=start)
     assert found.show("ablation") is None
@@ -302,8 +285,8 @@ def test_without_arms_a_stage_says_how_they_are_made(tiny, start, tmp_path, smal
         found.take("sweep")
 
 
-def test_without_a_tuned_head_the_remedy_is_named(tiny, tmp_path):
-    run = experiment.Run("gto", tier="laptop", target=tiny.name, dtype="float32",
+def test_without_a_tuned_head_the_remedy_is_named(chat_target, tmp_path):
+    run = experiment.Run("gto", tier="laptop", target=chat_target.name, dtype="float32",
                          figures_dir=tmp_path)  # fmt: skip
     assert gto_lab.obtain_head(run, "somewhere") == Path("somewhere")
     with pytest.raises(ValueError, match="no tuned head .* python -m specrepro.gto CORPUS"):
