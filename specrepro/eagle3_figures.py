@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from specrepro.figures import (
-    _DASHED,
     SPEEDUP,
     TAU,
     _banded_line,
     _colours,
     _figure,
     _footnote,
-    _hollow_lines,
     _legend,
+    _lines_along,
     _of_quantity,
+    _of_table,
+    _tick_at,
     acceptance_by_depth,
     speedup_and_tau,
     style,
@@ -61,10 +61,8 @@ def data_scaling(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     """Tau and speedup by the amount of training data, on a scale of doublings."""
     ours = _of_quantity(rows, "data_scaling", ["method", "data_scale", "tau"])
     theirs = _of_table(reported, "data scaling figure")
-    figure = _along(ours, "data_scale", ("tau", "speedup"), "method", theirs)
-    for axes in figure.axes:
-        axes.set_xlabel("training data (times the smallest)")
-    return figure
+    label, metrics = "training data (times the smallest)", _labels("tau", "speedup")
+    return _lines_along(ours, "data_scale", label, metrics, "method", theirs)
 
 
 def throughput(rows: pd.DataFrame, reported: Reported = None) -> Figure:
@@ -75,13 +73,9 @@ def throughput(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     if theirs is not None:  # beyond what is measured here there is nothing to compare
         theirs = theirs[theirs["batch"] <= ours["batch"].max()]
     drafted = ours[ours["shape"] != "no draft"].assign(tokens_per_second=None)
-    figure = _along(
-        pd.concat([drafted, ours.assign(speedup=None)]),
-        "batch", ("speedup", "tokens_per_second"), "shape", theirs,
-    )  # fmt: skip
-    for axes in figure.axes:
-        axes.set_xlabel("batch (sequences)")
-    return figure
+    both = pd.concat([drafted, ours.assign(speedup=None)])
+    metrics = _labels("speedup", "tokens_per_second")
+    return _lines_along(both, "batch", "batch (sequences)", metrics, "shape", theirs)
 
 
 def sensitivity(rows: pd.DataFrame, reported: Reported = None) -> Figure:
@@ -94,7 +88,7 @@ def sensitivity(rows: pd.DataFrame, reported: Reported = None) -> Figure:
         for axes, setting in zip(panels, settings, strict=True):
             line = ours[ours["setting"] == setting]
             _banded_line(axes, line, "level", "tau", _colours(ours["method"])["EAGLE-3"], "")
-            _doublings(axes, line["level"])
+            _tick_at(axes, line["level"])
             axes.set_xlabel(f"{setting} (number)")
         panels[0].set_ylabel(LABELS["tau"])
         _footnote(figure, ours)
@@ -124,41 +118,8 @@ def training(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     return figure
 
 
-def _along(
-    ours: pd.DataFrame, along: str, metrics: tuple[str, ...], series: str, theirs: Reported
-) -> Figure:
-    """A panel for each metric, a line for each value of the column `series`."""
-    colours = _colours(ours[series])
-    with style():
-        figure = _figure(0.6 + 3.9 * len(metrics), 3.4)
-        handles: dict[str, Line2D] = {}
-        for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
-            for name, line in ours.dropna(subset=[metric]).groupby(series, sort=False):
-                handles[name] = _banded_line(axes, line, along, metric, colours[name], name)
-            if theirs is not None and metric in theirs:
-                drawn = _hollow_lines(axes, theirs, along, metric, list(handles.values()))
-                handles |= {line.get_label(): line for line in drawn}
-            if metric == "speedup":
-                axes.axhline(1, **_DASHED)
-            _doublings(axes, ours[along])
-            axes.set_ylabel(LABELS[metric])
-        _legend(figure, list(handles.values()))
-        _footnote(figure, ours)
-    return figure
-
-
-def _doublings(axes: Axes, values: pd.Series) -> None:
-    ticks = sorted(values.dropna().unique())
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-
-
-def _of_table(reported: Reported, table: str, quantity: str | None = None) -> Reported:
-    """One reported table, under another quantity where it is drawn as such."""
-    if reported is None or not len(found := reported[reported["table"] == table]):
-        return None
-    return found.assign(quantity=quantity) if quantity else found
+def _labels(*metrics: str) -> dict[str, str]:
+    return {metric: LABELS[metric] for metric in metrics}
 
 
 DRAWINGS: dict[str, tuple[str, Callable[[pd.DataFrame, Reported], Figure]]] = {

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from specrepro import (
     checkpoints,
@@ -153,7 +154,8 @@ class Lab:
             print(f"{stage}: {self.remedy(stage)}")
             return None
         name, draw = self.drawings[stage]
-        return self.run.save(draw(self.run.rows, reported), name)
+        beside = () if reported is None else (reported,)
+        return self.run.save(draw(self.run.rows, *beside), name)
 
     def take(self, stage: str) -> bool:
         """Add the stage's rows to the run's: recalled, measured, or, with False, none."""
@@ -422,13 +424,18 @@ def controls(checkpoint: Path | str) -> dict[str, Load]:
 
     def untrained(target: Target) -> eagle3.Drafter:
         head, own = eagle3.load_head(checkpoint)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for weight in head.parameters():
-                weight.data = torch.randn_like(weight) / weight.shape[-1] ** 0.5
-        return eagle3.Drafter(head, target, own)
+        return eagle3.Drafter(unlearnt(head), target, own)
 
     return {"EAGLE-3, random weights": untrained}
+
+
+def unlearnt(module: nn.Module) -> nn.Module:
+    """The module itself, with random weights, the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for weight in module.parameters():
+            weight.data = torch.randn_like(weight) / weight.shape[-1] ** 0.5
+    return module
 
 
 # --- single stages

@@ -23,6 +23,7 @@ from specrepro.figures import (
     _footnote,
     _interval,
     _legend,
+    _lines_along,
     _of_quantity,
     _refuse_repeats,
     round_parts,
@@ -121,26 +122,8 @@ def _lines(
     label: str,
     is_doubling: bool = False,
 ) -> Figure:
-    """A panel for each metric, a line for each value of the column `series`."""
-    colours, ticks = _colours(ours[series]), sorted(ours[along].unique())
-    with style():
-        figure = _figure(0.6 + 3.7 * len(metrics), 3.4)
-        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-        handles: dict[str, Line2D] = {}
-        for axes, metric in zip(panels, metrics, strict=True):
-            for name, line in ours.dropna(subset=[metric]).groupby(series, sort=False):
-                handles[name] = _banded_line(axes, line, along, metric, colours[name], name)
-            if is_doubling:
-                axes.set_xscale("log", base=2)
-                axes.minorticks_off()
-            if metric == "speedup":
-                axes.axhline(1, **_DASHED)
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xlabel(label)
-            axes.set_ylabel(LABELS[metric])
-        _legend(figure, list(handles.values()))
-        _footnote(figure, ours)
-    return figure
+    labels = {metric: LABELS[metric] for metric in metrics}
+    return _lines_along(ours, along, label, labels, series, is_doubling=is_doubling)
 
 
 def _bars(ours: pd.DataFrame) -> Figure:

@@ -14,11 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
-import torch
-from matplotlib.figure import Figure
 
 from specrepro import (
     cast,
@@ -99,33 +97,14 @@ class Lab(eagle3_lab.Lab):
     eagle3_head: Path = eagle3.CHECKPOINT  # to compare with
     bench: Bench | None = None
 
+    stages: ClassVar[tuple[str, ...]] = STAGES
+    plans: ClassVar[Mapping[str, Plan]] = PLANS
+    drawings: ClassVar[Mapping[str, Any]] = fasteagle_figures.DRAWINGS
+
     def __post_init__(self) -> None:
-        self.plan = self.plan or PLANS[self.run.tier_name]
-        self.checkpoint, self.eagle3_head = Path(self.checkpoint), Path(self.eagle3_head)
+        super().__post_init__()
+        self.eagle3_head = Path(self.eagle3_head)
         self.bench = self.bench or Bench(self.run.target, self.run.work / "variants")
-
-    # --- stages
-
-    def show(self, stage: str, reported: pd.DataFrame | None = None) -> Figure | None:
-        """Take a stage and draw it; where it has no rows, print how they are made."""
-        if not self.take(stage):
-            print(f"{stage}: {self.remedy(stage)}")
-            return None
-        name, draw = fasteagle_figures.DRAWINGS[stage]
-        return self.run.save(draw(self.run.rows), name)
-
-    def take(self, stage: str) -> bool:
-        """Add the stage's rows to the run's: recalled, measured, or, with False, none."""
-        if stage not in STAGES:
-            raise ValueError(f"unknown stage {stage!r}; choose one of {', '.join(STAGES)}")
-        is_measured = stage in self.plan.measures
-        is_recalled = self.run.tier_name == "laptop" or not is_measured
-        if is_recalled and self.run.recall(stage):
-            return True
-        found = getattr(self, stage)() if is_measured else pd.DataFrame()
-        if len(found):
-            self.run.keep(found.assign(stage=stage))
-        return len(found) > 0
 
     def remedy(self, stage: str) -> str:
         """How rows of a stage are made."""
@@ -355,11 +334,7 @@ def controls(checkpoint: Path | str) -> dict[str, Callable[[Target], Drafter]]:
 
     def untrained(target: Target) -> fasteagle.Drafter:
         made, own = fasteagle.load_cascade(checkpoint)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for weight in made.parameters():
-                weight.data = torch.randn_like(weight) / weight.shape[-1] ** 0.5
-        return fasteagle.Drafter(made, target, own)
+        return fasteagle.Drafter(eagle3_lab.unlearnt(made), target, own)
 
     return {"FastEagle, random weights": untrained}
 

@@ -12,7 +12,7 @@ differ in a column that the figure does not show are refused too: choose among t
 Not done here: computing intervals, and choosing which rows a paper's figure should show.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -511,6 +511,55 @@ def _legend(figure: Figure, handles: list[Any], columns: int = 4) -> None:
 
 def _legend_beside(figure: Figure, handles: list[Any]) -> None:
     figure.legend(handles=handles, loc="outside right center")
+
+
+def _lines_along(
+    ours: pd.DataFrame,
+    along: str,
+    label: str,
+    metrics: Mapping[str, str],
+    series: str,
+    theirs: pd.DataFrame | None = None,
+    is_doubling: bool = True,
+) -> Figure:
+    """A panel for each metric (column -> label), a line for each value of the column `series`."""
+    colours = _colours(ours[series])
+    with style():
+        figure = _figure(0.6 + 3.8 * len(metrics), 3.4)
+        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+        handles: dict[str, Line2D] = {}
+        for axes, (metric, named) in zip(panels, metrics.items(), strict=True):
+            for name, line in ours.dropna(subset=[metric]).groupby(series, sort=False):
+                handles[name] = _banded_line(axes, line, along, metric, colours[name], name)
+            if theirs is not None and metric in theirs:
+                drawn = _hollow_lines(axes, theirs, along, metric, list(handles.values()))
+                handles |= {line.get_label(): line for line in drawn}
+            if metric == "speedup":
+                axes.axhline(1, **_DASHED)
+            _tick_at(axes, ours[along], is_doubling)
+            axes.set_xlabel(label)
+            axes.set_ylabel(named)
+        _legend(figure, list(handles.values()))
+        _footnote(figure, ours)
+    return figure
+
+
+def _of_table(
+    reported: pd.DataFrame | None, table: str, quantity: str | None = None
+) -> pd.DataFrame | None:
+    """One reported table, under another quantity where it is drawn as such."""
+    if reported is None or not len(found := reported[reported["table"] == table]):
+        return None
+    return found.assign(quantity=quantity) if quantity else found
+
+
+def _tick_at(axes: Axes, values: pd.Series, is_doubling: bool = True) -> None:
+    """Ticks at the values that there are, on a scale of doublings or an even one."""
+    ticks = sorted(values.dropna().unique())
+    if is_doubling:
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _footnote(figure: Figure, rows: pd.DataFrame) -> None:

@@ -25,6 +25,7 @@ from specrepro.figures import (
     _interval,
     _legend,
     _of_quantity,
+    _of_table,
     style,
 )
 
@@ -230,12 +231,6 @@ def _finished(figure: Figure, ours: pd.DataFrame) -> Figure:
     _legend(figure, handles)
     _footnote(figure, ours)
     return figure
-
-
-def _of_table(reported: Reported, table: str) -> Reported:
-    if reported is None or not len(found := reported[reported["table"] == table]):
-        return None
-    return found
 
 
 DRAWINGS: dict[str, tuple[str, Callable[[pd.DataFrame, Reported], Figure]]] = {
