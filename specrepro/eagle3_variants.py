@@ -15,7 +15,7 @@ import argparse
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -209,28 +209,41 @@ def _line(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.eagle3_variants <corpus>`, alone, several times, or under torchrun."""
-    parser = argparse.ArgumentParser(
-        prog="python -m specrepro.eagle3_variants", description=__doc__
-    )
+    parser = training_parser("eagle3_variants", __doc__, VARIANTS, WORK, Budget())
+    parser.add_argument("--epochs", type=float, default=Budget().epochs)
+    parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
+    options = start(parser, arguments)
+    budget = Budget(options.share, options.epochs, options.steps, options.num_answers)
+    workshop = Workshop(load_target(options.target), options.work, budget)
+    train_all(workshop, [VARIANTS[name] for name in options.only], options.corpus)
+
+
+def training_parser(
+    module: str, about: str, names: Iterable[str], work: Path, budget: Any
+) -> argparse.ArgumentParser:
+    """The command line of what is trained alike, by names, within a budget of share and steps."""
+    parser = argparse.ArgumentParser(prog=f"python -m specrepro.{module}", description=about)
     parser.add_argument(
         "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
     )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS),
-                        help="variants to train, in this order", metavar="VARIANT")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=list(names), default=list(names),
+                        help=f"what to train of {', '.join(names)}",
+                        metavar="NAME")  # fmt: skip
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--work", type=Path, default=WORK, help="where variants go")
-    parser.add_argument("--share", type=float, default=Budget().share, help="of the corpus")
-    parser.add_argument("--epochs", type=float, default=Budget().epochs)
-    parser.add_argument("--steps", type=int, help="on that share, in place of --epochs")
-    parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
+    parser.add_argument("--work", type=Path, default=work, help="where it goes")
+    parser.add_argument("--share", type=float, default=budget.share, help="of the corpus")
+    parser.add_argument("--steps", type=int, default=budget.steps, help="on that share")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, in a process that has its threads and has joined the others."""
     options = parser.parse_args(arguments)
-    budget = Budget(options.share, options.epochs, options.steps, options.num_answers)
     if options.threads:
         torch.set_num_threads(options.threads)
     draft_training.join_processes()
-    workshop = Workshop(load_target(options.target), options.work, budget)
-    train_all(workshop, [VARIANTS[name] for name in options.only], options.corpus)
+    return options
 
 
 if __name__ == "__main__":

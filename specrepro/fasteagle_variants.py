@@ -9,7 +9,6 @@ here first (`training_seconds`) and kept beside the variants.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -18,12 +17,19 @@ from pathlib import Path
 
 import torch
 
-from specrepro import checkpoints, corpus, draft_training
+from specrepro import checkpoints, corpus
 from specrepro.eagle3 import Eagle3
-from specrepro.eagle3_variants import Budget, Variant, Workshop, train_all
+from specrepro.eagle3_variants import (
+    Budget,
+    Variant,
+    Workshop,
+    start,
+    train_all,
+    training_parser,
+)
 from specrepro.fasteagle import FastEagle
 from specrepro.recipes import Method, Recipe
-from specrepro.target_model import EMBEDDED, Target
+from specrepro.target_model import Target
 from specrepro.target_model import load as load_target
 
 WORK = Path("runs") / "whole" / "fasteagle" / "variants"  # where tier `full` looks for them
@@ -151,24 +157,9 @@ def train(bench: Bench, wanted: Sequence[str], features: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.fasteagle_variants <corpus>`, alone or under torchrun."""
-    parser = argparse.ArgumentParser(
-        prog="python -m specrepro.fasteagle_variants", description=__doc__
-    )
-    parser.add_argument(
-        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
-    )
-    parser.add_argument("--only", nargs="+", choices=names(), default=names(), metavar="VARIANT",
-                        help=f"of {', '.join(names())}")  # fmt: skip
-    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--work", type=Path, default=WORK, help="where variants go")
-    parser.add_argument("--share", type=float, default=Budget().share, help="of the corpus")
+    parser = training_parser("fasteagle_variants", __doc__, names(), WORK, Budget())
     parser.add_argument("--epochs", type=float, default=Budget().epochs)
-    parser.add_argument("--steps", type=int, help="on that share, in place of --epochs")
-    parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    draft_training.join_processes()
+    options = start(parser, arguments)
     budget = Budget(options.share, options.epochs, options.steps)
     bench = Bench(load_target(options.target), options.work, budget)
     train(bench, options.only, options.corpus)

@@ -13,7 +13,6 @@ look each head is also asked for the reward of its trees on answers that none is
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -27,10 +26,10 @@ import torch
 from torch import nn
 
 from specrepro import checkpoints, corpus, draft_training, eagle3, recipes
-from specrepro.eagle3_variants import claimed
+from specrepro.eagle3_variants import claimed, start, training_parser
 from specrepro.gto import GroupTreeLoss, Gto
 from specrepro.recipes import Recipe
-from specrepro.target_model import EMBEDDED, Target
+from specrepro.target_model import Target
 from specrepro.target_model import load as load_target
 
 WORK = Path("runs") / "whole" / "gto" / "arms"  # where tier `full` looks for them
@@ -312,24 +311,10 @@ def _line(workshop: Workshop, arm: Arm, is_ours: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.gto_arms <corpus>`, alone, several times, or under torchrun."""
-    own = Budget()
-    parser = argparse.ArgumentParser(prog="python -m specrepro.gto_arms", description=__doc__)
-    parser.add_argument(
-        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
-    )
-    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS),
-                        help="arms to tune, in this order", metavar="ARM")  # fmt: skip
+    parser = training_parser("gto_arms", __doc__, ARMS, WORK, Budget())
     parser.add_argument("--start", type=Path, default=eagle3.CHECKPOINT, help="head to begin from")
-    parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--work", type=Path, default=WORK, help="where arms go")
-    parser.add_argument("--share", type=float, default=own.share, help="of the corpus")
-    parser.add_argument("--steps", type=int, default=own.steps)
     parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
-    parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    draft_training.join_processes()
+    options = start(parser, arguments)
     budget = Budget(options.share, options.steps, num_answers=options.num_answers)
     workshop = Workshop(load_target(options.target), options.work, options.start, budget)
     tune_all(workshop, [ARMS[name] for name in options.only], options.corpus)
