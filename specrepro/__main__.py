@@ -247,7 +247,8 @@ class _Engine(Engine):
         _Client(
             manager, kernel_name=kernel_name, stdout_file=sys.stderr, stderr_file=sys.stderr,
             timeout=None, startup_timeout=600, iopub_timeout=60,
-            extra_arguments=["--log-level=ERROR"],
+            # below, the kernel may tell of a Ctrl-C that met it between two cells
+            extra_arguments=["--log-level=CRITICAL"],
         ).execute()  # fmt: skip
 
 
