@@ -4,7 +4,9 @@ Costs, traces and the headline comparisons are measured, once per configuration,
 run's records; `cast_rows` replays the rest under the cost tables. Its column `costs` says which:
 "table" is the measured table of this run, "other table" one measured here with another number
 format or number of threads, "modelled" one of a GPU that is not here; "clock" and "other clock"
-mark what was timed while decoding, on this machine as it is and as those other machines.
+mark what was timed while decoding, on this machine as it is and as those other machines. Replays
+are checked twice: under costs timed in turn with the decoding ("clock"), and under those of the
+run's own table, which were timed some minutes before ("clock, earlier costs").
 
 The best fixed tree is chosen with hindsight, on the very prompts it is reported on: a bar higher
 than any method could set without knowing them. What CAST starts from, and the tree size that is
@@ -14,7 +16,7 @@ held against the largest, are chosen on prompts that come behind the reported on
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import chain, cycle, islice, product, zip_longest
@@ -25,7 +27,7 @@ import torch
 
 from specrepro import cast, checkpoints, cost_model, cost_table, eagle3, measure, replay
 from specrepro import target_model as targets
-from specrepro.cost_table import CostTable, Grid
+from specrepro.cost_table import CostTable, Grid, Profiler
 from specrepro.decoding import Drafter
 from specrepro.eagle3 import TreeConfig
 from specrepro.experiment import Run, sizes_of
@@ -190,8 +192,19 @@ class Lab:
 
     def _profile(self, header: dict[str, Any], grid: Grid) -> CostTable:
         target = self._target(header["dtype"])
-        words = [token for _, ids in self._chosen_on("chat") for token in ids]
-        return cost_table.profile(target, self.draft(target), header, grid, words)
+        return cost_table.profile(target, self.draft(target), header, grid, self._words)
+
+    @property
+    def _words(self) -> list[int]:
+        """What costs are timed behind."""
+        return [token for _, ids in self._chosen_on("chat") for token in ids]
+
+    def costs_meanwhile(self, batch: int) -> CostTable:
+        """What this machine's costs were while `compare` decoded: its speed drifts in minutes."""
+        return CostTable.load(self._meanwhile(batch), self.costs.header)
+
+    def _meanwhile(self, batch: int) -> Path:
+        return self.run.records / f"costs_meanwhile_{batch}.json"
 
     def _target(self, dtype: str) -> Target:
         """The run's target in a number format."""
@@ -342,12 +355,32 @@ class Lab:
     # --- what is decoded
 
     def compare(self, batch: int) -> list[Record]:
-        """Decode and time every method, in batches of this size."""
-        drafters, num_prompts, found = self.drafters(batch), self._num_decoded(batch), []
+        """Decode and time every method, in batches of this size, and costs in between."""
+        drafters, found = self.drafters(batch), {}
+        profiler = Profiler(
+            self.run.target, self.draft(), self.costs.header, self.plan.grid, self._words
+        )
+        is_timed = self._meanwhile(batch).is_file()
+        for name, temperature, num_prompts in self._pieces(batch):
+            if not is_timed:
+                self._repeat(profiler, batch)
+            one = (name,), (temperature,), batch, num_prompts
+            found[name, temperature] = self.run.compare(drafters, *one)
+        if not is_timed:
+            profiler.table().save(self._meanwhile(batch))
+        return sum(found.values(), [])
+
+    def _pieces(self, batch: int) -> Iterator[tuple[str, float, int]]:
+        """Sets, temperatures and numbers of prompts, one batch more each time."""
         for sets, temperature in ((self.plan.greedy, 0.0), (self.plan.sampled, 1.0)):
-            names = sets.get(batch, ())
-            found += self.run.compare(drafters, names, (temperature,), batch, num_prompts)
-        return found
+            up_to = range(batch, self._num_decoded(batch) + 1, batch)
+            yield from product(sets.get(batch, ()), (temperature,), up_to)
+
+    def _repeat(self, profiler: Profiler, batch: int) -> None:
+        """Time whatever a batch of this size meets until its last sequence ends."""
+        for size, context in self.plan.grid.cases:
+            if size <= batch:
+                profiler.repeat(size, context, self.plan.grid.repeats_of(size) // 3 + 1)
 
     def compare_as(self, costs: CostTable, batch: int) -> list[Record]:
         """The same as another machine, greedy and on fewer prompts."""

@@ -70,12 +70,13 @@ def costs(lab: Lab) -> pd.DataFrame:
 
 def timed(lab: Lab, batch: int) -> list[pd.DataFrame]:
     """Rows of what was decoded: speedups, differences, gains, and how near the replay came."""
-    records = lab.compare(batch)
+    records, checked = lab.compare(batch), partial(agreement, lab, batch=batch)
     return [
         lab.run.decode_rows(records),
         rows.paired_differences(records),
         _cast_gains(records, lab.costs, "clock"),
-        agreement(lab, records, batch, lab.costs).assign(costs="clock"),
+        checked(records, lab.costs, lab.costs_meanwhile(batch)).assign(costs="clock"),
+        checked(records, lab.costs, lab.costs).assign(costs="clock, earlier costs"),
     ]
 
 
@@ -96,7 +97,7 @@ def _elsewhere(lab: Lab, costs: CostTable, batch: int) -> Iterator[pd.DataFrame]
     where |= {"machine": costs.machine, "costs": "other clock"}
     records = lab.compare_as(costs, batch)
     decoded = lab.run.decode_rows(records).replace({"quantity": {"decode": "decode_elsewhere"}})
-    checked = agreement(lab, records, batch, costs)
+    checked = agreement(lab, records, costs, costs, batch)
     for table in (decoded, _cast_gains(records, costs, "other clock"), checked):
         yield table.assign(**where)
 
@@ -107,8 +108,13 @@ def _cast_gains(records: Sequence[Record], costs: CostTable, kind: str) -> pd.Da
     return pd.concat(found, ignore_index=True).assign(machine=costs.machine, costs=kind)
 
 
-def agreement(lab: Lab, records: Sequence[Record], batch: int, costs: CostTable) -> pd.DataFrame:
-    """Rows of quantity "replay_check": replays of what was just decoded, against the clock."""
+def agreement(
+    lab: Lab, records: Sequence[Record], costs: CostTable, charged: CostTable, batch: int
+) -> pd.DataFrame:
+    """Rows of quantity "replay_check": replays of what was just decoded, against the clock.
+
+    Trees were chosen under `costs`; rounds are charged what `charged` says.
+    """
     greedy = [record for record in records if record.temperature == 0]
     decoded = dict.fromkeys((record.prompts, record.prompt_id) for record in greedy)
     traces = {(t.prompts, t.prompt_id): t for t in lab.traces if t.temperature == 0}
@@ -117,7 +123,7 @@ def agreement(lab: Lab, records: Sequence[Record], batch: int, costs: CostTable)
     for name, draft in lab.drafts(batch, costs).items():
         for prompts in dict.fromkeys(trace.prompts for trace in mine):
             group = [trace for trace in mine if trace.prompts == prompts]
-            predicted += replay.replay(group, draft, costs, method=name, batch=batch)
+            predicted += replay.replay(group, draft, charged, method=name, batch=batch)
     return replay.agreement(greedy, predicted).assign(machine=costs.machine)
 
 

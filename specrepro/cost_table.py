@@ -58,6 +58,11 @@ class Grid:
     warm_up: int = 3  # rounds that do not count at the start of every piece; the first never does
     repeats: int = 50  # of every size at batch 1
 
+    @property
+    def cases(self) -> list[tuple[int, int]]:
+        """Batch sizes and contexts."""
+        return [(b, k * self.bucket) for b in self.batches for k in range(1, self.num_buckets + 1)]
+
     def sizes_of(self, batch: int) -> list[int]:
         """Tree sizes that a batch of this size is timed with; one and two nodes always are."""
         return [n for n in self.sizes if n <= 2 or n * batch <= self.max_rows]
@@ -270,39 +275,62 @@ def profile(
     Sizes take turns in an order that changes from cycle to cycle, so that a disturbance falls on
     all of them.
     """
-    words, clock = words or _any_words(target), Clock(target.device)
-    cases = [(b, k * grid.bucket) for b in grid.batches for k in range(1, grid.num_buckets + 1)]
-    with tqdm(cases, desc="cost table", unit="setting") as bar:
-        tables = [_profile_one(target, drafter, header["top_k"], grid, *c, words) for c in bar]
-    return CostTable(header, pd.concat(tables, ignore_index=True), clock.elapsed())
+    clock = Clock(target.device)
+    profiler = Profiler(target, drafter, header, grid, words)
+    for batch, context in tqdm(grid.cases, desc="cost table", unit="setting"):
+        profiler.repeat(batch, context, grid.repeats_of(batch))
+    return profiler.table(clock.elapsed())
+
+
+class Profiler:
+    """Times every part of a round, a little at a time where it is to take turns with other work."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        header: Mapping[str, Any],
+        grid: Grid,
+        words: Sequence[int] = (),
+    ):
+        self.target, self.drafter, self.header, self.grid = target, drafter, header, grid
+        self.words = words or _any_words(target)
+        self._timed: dict[tuple[int, int], _Metronome] = {}
+
+    def repeat(self, batch: int, context: int, times: int = 1) -> None:
+        """Time every size so many times more, behind prompts that grow up to `context` tokens."""
+        timed = self._metronome(batch, context)
+        num_new, wanted = min(64, self.grid.bucket // 2), timed.fewest_repeats + times
+        prompts = [
+            [self.words[(97 * row + k) % len(self.words)] for k in range(context - num_new)]
+            for row in range(batch)
+        ]
+        take_shape(self.drafter, timed)
+        while timed.fewest_repeats < wanted:
+            decode(self.target, timed, prompts, num_new, ignore_stop=True)
+
+    def _metronome(self, batch: int, context: int) -> _Metronome:
+        if (batch, context) not in self._timed:
+            top_k, clock = self.header["top_k"], Clock(self.target.device)
+            widths = sorted({width for width in self.grid.widths if width < top_k} | {top_k})
+            sizes = self.grid.sizes_of(batch)
+            timed = _Metronome(self.drafter, clock, sizes, widths, top_k, batch)
+            timed.warm_up = self.grid.warm_up
+            self._timed[batch, context] = timed
+        return self._timed[batch, context]
+
+    def table(self, seconds: float | None = None) -> CostTable:
+        """What was timed so far."""
+        points = [
+            _points(timed.samples).assign(batch=batch, context=context)
+            for (batch, context), timed in self._timed.items()
+        ]
+        return CostTable(self.header, pd.concat(points, ignore_index=True), seconds)
 
 
 def _any_words(target: Target, num_words: int = 512) -> list[int]:
     draws = torch.Generator().manual_seed(0)
     return torch.randint(target.vocab_size, (num_words,), generator=draws).tolist()
-
-
-def _profile_one(
-    target: Target,
-    drafter: Drafter,
-    top_k: int,
-    grid: Grid,
-    batch: int,
-    context: int,
-    words: Sequence[int],
-) -> pd.DataFrame:
-    """The points of one batch size at one context, which the decoded pieces grow up to."""
-    num_new = min(64, grid.bucket // 2)
-    prompts = [
-        [words[(97 * row + place) % len(words)] for place in range(context - num_new)]
-        for row in range(batch)
-    ]
-    widths = sorted({width for width in grid.widths if width < top_k} | {top_k})
-    timed = _Metronome(drafter, Clock(target.device), grid.sizes_of(batch), widths, top_k, batch)
-    timed.warm_up = grid.warm_up
-    while timed.fewest_repeats < grid.repeats_of(batch):
-        decode(target, timed, prompts, num_new, ignore_stop=True)
-    return _points(timed.samples).assign(batch=batch, context=context)
 
 
 def _points(samples: Sequence[tuple[str, int, float]]) -> pd.DataFrame:
@@ -343,7 +371,6 @@ class _Metronome:
         self.num_expanded = self.depth * top_k
         self.samples: list[tuple[str, int, float]] = []
         self._next_size, self._next_width = _shuffled(sizes, 0), _shuffled(widths, 1)
-        take_shape(drafter, self)
 
     @property
     def fewest_repeats(self) -> int:

@@ -200,10 +200,21 @@ def test_the_replay_counts_the_tokens_that_decoding_counts(lab, rows):
                     expected = decoded[name, one.prompt_id]
                     assert sum(one.emitted) / one.target_passes == expected, (name, batch)
     check = rows[(rows["quantity"] == "replay_check") & (rows["costs"] == "clock")]
-    assert {*check["method"]} == {*lab.drafters(1), "Autoregressive"} and {*check["batch"]} == {
-        1,
-        2,
-    }
+    assert {*check["method"]} == {*lab.drafters(1), "Autoregressive"}
+    assert {*check["batch"]} == {1, 2}
+
+
+def test_costs_are_timed_in_turn_with_every_batch_that_is_decoded(lab, rows):
+    """A machine's speed drifts: replays are held against costs of the same minutes."""
+    for batch, num_pieces in ((1, 3), (2, 1)):
+        table = lab.costs_meanwhile(batch)
+        assert table.batches == list(range(1, batch + 1)) and table.header == lab.costs.header
+        wanted = table.points[table.points["part"] == "target"]
+        assert {*wanted["num_tokens"]} == {*PLAN.grid.sizes}
+        assert (wanted["repeats"] >= num_pieces).all()
+        before = lab._meanwhile(batch).read_text()
+        lab.compare(batch)
+        assert lab._meanwhile(batch).read_text() == before, "timed again beside nothing"
 
 
 def test_replays_fill_whole_batches_and_two_at_least(lab):

@@ -15,6 +15,7 @@ from tree_drafters import Foretelling, table_of
 from specrepro import cast, cost_model, cost_table, target_model
 from specrepro.cost_table import CostTable, Grid
 from specrepro.decoding import Autoregressive, decode, decode_autoregressively
+from specrepro.draft_tree import take_shape
 from specrepro.eagle3 import TreeConfig
 from specrepro.target_model import Target
 
@@ -203,6 +204,27 @@ def test_each_part_is_timed_by_what_runs_in_it(target, slowed):
         assert rows["value"].tolist() == pytest.approx([expected(n) for n in rows["num_tokens"]])
 
 
+def test_costs_timed_a_little_at_a_time_follow_a_machine_that_slows_down(
+    target, slowed, monkeypatch
+):
+    """Three repeats at full speed, three at half of it, and other batches in between."""
+    clock, drafter_type = slowed
+    drafter = drafter_type([], target.vocab_size)
+    profiler = cost_table.Profiler(target, drafter, {"top_k": 4}, GRID)
+    tables = []
+    for slowness in (1, 2):
+        monkeypatch.setattr(clock, "elapsed", lambda by=slowness: by * clock.now)
+        for batch, context in GRID.cases:
+            profiler.repeat(batch, context, 3)
+        tables.append(profiler.table())
+    keys, timed = [*cost_table.KEYS], "part == 'target' and num_tokens in @GRID.sizes"
+    fast, both = (table.points.query(timed).set_index(keys) for table in tables)
+    assert len(fast) == len(both) == len(GRID.cases) * len(GRID.sizes)
+    assert (both["repeats"] >= 6).all()
+    assert both["value_low"].to_numpy() == pytest.approx(fast["value"])
+    assert both["value_high"].to_numpy() == pytest.approx(2 * fast["value"])
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_table_foretells_what_rounds_take(target, slowed, batch):
     """Within 10 %, rounds of any width, depth and size, summed as the running speedup sums them."""
@@ -228,6 +250,7 @@ def test_the_parts_of_a_round_add_up_to_what_decoding_takes(target):
     clock = SimpleNamespace(elapsed=time.process_time)  # which waiting for others does not move
     drafter = Foretelling([], target.vocab_size)
     timed = cost_table._Metronome(drafter, clock, [1, 6, 12], [1, 3, 4], 4, 1)
+    take_shape(drafter, timed)
     timed.warm_up = 0
     began = time.process_time()
     decode(target, timed, [7] * 20, 60, ignore_stop=True)
