@@ -356,14 +356,12 @@ class Lab:
 
     def compare(self, batch: int) -> list[Record]:
         """Decode and time every method, in batches of this size, and costs in between."""
-        drafters, found = self.drafters(batch), {}
-        profiler = Profiler(
-            self.run.target, self.draft(), self.costs.header, self.plan.grid, self._words
-        )
-        is_timed = self._meanwhile(batch).is_file()
+        drafters, found, is_timed = self.drafters(batch), {}, self._meanwhile(batch).is_file()
+        profiler = self._profiler(batch)
         for name, temperature, num_prompts in self._pieces(batch):
             if not is_timed:
-                self._repeat(profiler, batch)
+                for size, context in profiler.grid.cases:
+                    profiler.repeat(size, context)
             one = (name,), (temperature,), batch, num_prompts
             found[name, temperature] = self.run.compare(drafters, *one)
         if not is_timed:
@@ -371,16 +369,21 @@ class Lab:
         return sum(found.values(), [])
 
     def _pieces(self, batch: int) -> Iterator[tuple[str, float, int]]:
-        """Sets, temperatures and numbers of prompts, one batch more each time."""
+        """Sets, temperatures and numbers of prompts, some batches more each time."""
+        step, num_prompts = max(batch, 2), self._num_decoded(batch)
+        up_to = [*range(step, num_prompts, step), num_prompts]
         for sets, temperature in ((self.plan.greedy, 0.0), (self.plan.sampled, 1.0)):
-            up_to = range(batch, self._num_decoded(batch) + 1, batch)
             yield from product(sets.get(batch, ()), (temperature,), up_to)
 
-    def _repeat(self, profiler: Profiler, batch: int) -> None:
-        """Time whatever a batch of this size meets until its last sequence ends."""
-        for size, context in self.plan.grid.cases:
-            if size <= batch:
-                profiler.repeat(size, context, self.plan.grid.repeats_of(size) // 3 + 1)
+    def _profiler(self, batch: int) -> Profiler:
+        """Of what batches of this size meet until their last sequence ends."""
+        asked = [self.run.questions(n, self._num_decoded(batch)) for n in self.plan.greedy[batch]]
+        longest = max(len(ids) for _, ids in chain(*asked)) + self.run.max_new_tokens
+        own = self.plan.grid
+        sizes = tuple(size for size in own.batches if size <= batch)
+        grid = replace(own, batches=sizes, num_buckets=longest // own.bucket + 1)
+        target = self.run.target
+        return Profiler(target, self.draft(), self.costs.header, grid, self._words)
 
     def compare_as(self, costs: CostTable, batch: int) -> list[Record]:
         """The same as another machine, greedy and on fewer prompts."""

@@ -100,6 +100,16 @@ def sweep(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     return tree_sweep(rows)
 
 
+def headroom(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """What the head accepts of what can be foretold at all, at temperature 1."""
+    ours = _of_quantity(rows, "headroom", ["method", "total_tokens", "tau"])
+    ours = ours[ours["prompts"] == "mean"]
+    named = {"tau": f"{LABELS['tau']},\ntemperature 1"}
+    return _lines_along(
+        ours, "total_tokens", "tree (nodes, root included)", named, "method", is_doubling=False
+    )
+
+
 def training(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     """Held-out tau as training goes on: where it falls again, the head is over-trained."""
     ours = _of_quantity(rows, "training", ["positions", "tau", "stretch"])
@@ -131,4 +141,5 @@ DRAWINGS: dict[str, tuple[str, Callable[[pd.DataFrame, Reported], Figure]]] = {
     "throughput": ("fig_10_throughput", throughput),
     "sensitivity": ("fig_11_sensitivity", sensitivity),
     "training": ("fig_12_training", training),
+    "headroom": ("fig_13_headroom", headroom),
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,11 +41,13 @@ from specrepro import (
 from specrepro.decoding import Drafter
 from specrepro.eagle3 import TreeConfig
 from specrepro.eagle3_variants import OVER_TRAINING, SCALES, VARIANTS, WORK, Workshop
+from specrepro.headroom import SelfDrafter
 from specrepro.measure import AUTOREGRESSIVE, Record
 from specrepro.target_model import EMBEDDED, Target
 from specrepro.training_cards import budget_of, card_of, training_rows
 
 OURS, EQUAL = "EAGLE-3", "equal"
+ITSELF = "the target itself"
 Load = Callable[[Target], Drafter]
 ALL_SETS = ("chat", "humaneval", "maths", "instruction", "summarisation")
 TRAINED: dict[str, Callable[[Path], dict[str, Load]]] = {  # by the folder of the checkpoint
@@ -87,7 +90,7 @@ class Plan:
 
 STAGES = (
     "baselines", "ablation", "ablation_by_depth", "data_scaling", "sensitivity", "throughput",
-    "sweep", "training",
+    "sweep", "headroom", "training",
 )  # fmt: skip
 PLANS = {
     "smoke": Plan(
@@ -173,7 +176,7 @@ class Lab:
     def remedy(self, stage: str) -> str:
         """How rows of a stage are made."""
         measured = f"python -m specrepro.eagle3_lab {stage}"
-        if stage in ("throughput", "sweep", "baselines"):
+        if stage in ("throughput", "sweep", "baselines", "headroom"):
             return f"no rows; {measured} makes them"
         if stage == "training":
             return f"no card of {self.checkpoint} says how its tau grew; train it anew"
@@ -270,6 +273,20 @@ class Lab:
                 entries += [self._of_tree(tree) for tree in trees]
         _, found = self._measure("sweep", entries, ("chat",), (0.0,), file="decoded")
         return found[found["method"] == OURS]
+
+    def headroom(self) -> pd.DataFrame:
+        """Rows of quantity "headroom": sampled tau of the head and of the target, by tree size.
+
+        Who knows the distribution of every word to come, and no more, accepts that much.
+        """
+        own, entries = self.load(self.run.target).tree, []
+        for size in sorted({own.total_tokens, *self.plan.sizes}):
+            head = self._of_tree(replace(own, total_tokens=size))
+            itself = partial(SelfDrafter, tree=replace(own, total_tokens=size))
+            entries += [head, replace(head, method=ITSELF, load=itself)]
+        found = self._measure("headroom", entries, ALL_SETS[:3], (1.0,))[1]
+        timed = [name for name in found if name.startswith(("speedup", "tokens_per", "seconds"))]
+        return found[found["method"] != AUTOREGRESSIVE].drop(columns=timed)
 
     def _of_tree(self, tree: TreeConfig) -> Entry:
         columns = {"draft_depth": tree.depth, "total_tokens": tree.total_tokens}

@@ -206,7 +206,7 @@ def test_the_replay_counts_the_tokens_that_decoding_counts(lab, rows):
 
 def test_costs_are_timed_in_turn_with_every_batch_that_is_decoded(lab, rows):
     """A machine's speed drifts: replays are held against costs of the same minutes."""
-    for batch, num_pieces in ((1, 3), (2, 1)):
+    for batch, num_pieces in ((1, 3), (2, 1)):  # sets and temperatures, two prompts of each
         table = lab.costs_meanwhile(batch)
         assert table.batches == list(range(1, batch + 1)) and table.header == lab.costs.header
         wanted = table.points[table.points["part"] == "target"]

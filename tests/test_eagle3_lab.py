@@ -290,6 +290,14 @@ def test_heads_that_were_not_trained_alike_are_refused(workshop, answers, tmp_pa
         found.ablation()
 
 
+def test_what_the_target_foretells_of_itself_bounds_the_head_and_tells_no_speed(rows):
+    found = rows[(rows["quantity"] == "headroom") & (rows["prompts"] == "mean")]
+    assert set(found["temperature"]) == {1.0}
+    assert found[["speedup", "tokens_per_second"]].isna().all(axis=None), "it is no way to decode"
+    tau = found.pivot(index="total_tokens", columns="method", values="tau")
+    assert len(tau) == 2 and (tau[eagle3_lab.ITSELF] >= tau["EAGLE-3"]).all()
+
+
 # --- tiers and single stages
 
 

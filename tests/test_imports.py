@@ -76,9 +76,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "target_model",
     },
     "eagle3_figures": {"figures"},
+    "headroom": {"draft_tree", "target_model", "tree_verify"},
     "eagle3_lab": {
         "eagle3", "eagle2", "medusa", "draft_lm", "ngram", "recycling", "eagle3_variants",
-        "eagle3_figures", "training_cards", "recipes", "experiment", "measure", "rows", "decoding",
+        "headroom", "eagle3_figures", "training_cards", "recipes", "experiment", "measure", "rows", "decoding",
         "checkpoints", "target_model",
     },
     "medusa": EAGLE3,
