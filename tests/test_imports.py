@@ -79,8 +79,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "headroom": {"draft_tree", "target_model", "tree_verify"},
     "eagle3_lab": {
         "eagle3", "eagle2", "medusa", "draft_lm", "ngram", "recycling", "eagle3_variants",
-        "headroom", "eagle3_figures", "training_cards", "recipes", "experiment", "measure", "rows", "decoding",
-        "checkpoints", "target_model",
+        "headroom", "eagle3_figures", "training_cards", "recipes", "experiment", "measure", "rows",
+        "decoding", "checkpoints", "target_model",
     },
     "medusa": EAGLE3,
     "draft_lm": EAGLE3,
