@@ -59,6 +59,11 @@ class Sizes:
         """The same of a level that EAGLE-3's head drafts; its layer reads two features."""
         return self.layer_weights(2 * self.hidden) + self.hidden * self.draft_vocabulary
 
+    def cascade_weights(self, num_layers: int) -> int:
+        """The same of the one pass in which FastEagle's cascade drafts all its levels."""
+        layers = num_layers * self.layer_weights(self.hidden) + 2 * self.hidden**2
+        return layers + self.hidden * self.draft_vocabulary
+
 
 LLAMA_3_1_8B = Sizes("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, 32000)
 
@@ -92,8 +97,13 @@ def table(
     num_buckets: int = 4,
     largest: int = 129,
     widest: int = 10,
+    cascade: int = 0,
 ) -> CostTable:
-    """A modelled cost table of every size up to the `largest` tree and the `widest` level."""
+    """A modelled cost table of every size up to the `largest` tree and the `widest` level.
+
+    Drafting is that of EAGLE-3's head, or, at the start of a round and in it all, that of a
+    `cascade` of so many layers.
+    """
     if card not in CARDS:
         raise ValueError(f"unknown card {card!r}; choose one of {', '.join(CARDS)}")
     points = [
@@ -102,7 +112,8 @@ def table(
         for k in range(1, num_buckets + 1)
         for part, most in (("target", largest), ("level", widest), ("extend", widest))
         for n in range(1, most + 1)
-        for value in [1e3 * _part_seconds(CARDS[card], sizes, part, batch, k * bucket, n)]
+        for own in [_of_part(sizes, part, cascade)]
+        for value in [1e3 * pass_seconds(CARDS[card], sizes, *own, batch, k * bucket, n)]
     ]
     points += [
         {"part": "rest", "batch": b, "context": bucket, "num_tokens": 1, "value": 0.0}
@@ -112,10 +123,10 @@ def table(
     return CostTable(header | {"dtype": "bfloat16"}, pd.DataFrame(points))
 
 
-def _part_seconds(
-    card: Card, sizes: Sizes, part: str, batch: int, context: int, num_tokens: int
-) -> float:
-    is_target = part == "target"
-    weights = sizes.target_weights if is_target else sizes.head_weights
-    num_layers = sizes.num_layers if is_target else 1
-    return pass_seconds(card, sizes, weights, num_layers, batch, context, num_tokens)
+def _of_part(sizes: Sizes, part: str, cascade: int) -> tuple[int, int]:
+    """Weights that are read for a part of a round, and layers that attend."""
+    if part == "target":
+        return sizes.target_weights, sizes.num_layers
+    if part == "extend" and cascade:
+        return sizes.cascade_weights(cascade), cascade
+    return sizes.head_weights, 1

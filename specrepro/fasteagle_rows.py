@@ -6,7 +6,8 @@ are where they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrepro import eagle3, rows
+from specrepro import cost_model, eagle3, rows
 from specrepro.cascade import Cascade, frozen_head
+from specrepro.cost_table import CostTable
 from specrepro.draft_layer import LayerConfig
 from specrepro.eagle3 import shift_left
 from specrepro.fasteagle import supervised_rows
@@ -143,6 +145,89 @@ def cache_bytes_per_token(config: LayerConfig, dtype: torch.dtype) -> int:
     """Keys and values that a drafter keeps of a committed token: of every layer it has."""
     num_layers = getattr(config, "num_hidden_layers", 1)
     return 2 * num_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+# --- on a GPU that is not here
+
+CONTEXT = 512  # tokens before the first round; modelled costs hardly depend on it
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What drafting a tree takes: EAGLE-3's levels by their width, or a cascade's one pass."""
+
+    widths: tuple[int, ...] = ()
+    cascade: int = 0  # layers
+
+
+def on_cards(
+    records: Sequence[Record], drafting: Mapping[str, Drafting], method: str, versus: str
+) -> pd.DataFrame:
+    """Recorded greedy rounds at the costs of four cards and an 8B target: modelled, never timed.
+
+    Rows by card of "modelled_speedup" of both methods; "modelled_gain", how much faster `method`
+    is than `versus`; and "break_even_ms", what every level of `versus` would have to cost above
+    its floor, in launches and in choosing words, for the two to be equally fast.
+    """
+    greedy = [r for r in records if not r.temperature and r.error is None and r.target_passes]
+    asked = ({(r.prompts, r.unit) for r in greedy if r.method == one} for one in (method, versus))
+    shared = set.intersection(*asked)
+    mine = [record for record in greedy if (record.prompts, record.unit) in shared]
+    common = {"versus": versus, "temperature": 0.0, "batch": 1, "prompts": "all"}
+    tables = []
+    for name, card in cost_model.CARDS.items():
+        units = np.stack([_charged(mine, one, drafting[one], name) for one in (method, versus)], 1)
+        found = pd.DataFrame(_estimates(units, method, versus)).assign(**common)
+        tables.append(found.assign(machine=f"{card.name} (modelled)", num_prompts=len(units)))
+    return pd.concat(tables, ignore_index=True).assign(source="modelled")
+
+
+def _charged(records: Sequence[Record], method: str, drafting: Drafting, card: str) -> np.ndarray:
+    """(prompts, 4): tokens, milliseconds, those of autoregressive decoding, levels in turn."""
+    costs = cost_model.table(card, batches=(1,), cascade=drafting.cascade)
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    for record in (r for r in records if r.method == method):
+        own, key = _charge(record, costs, drafting.widths), (record.prompts, record.unit)
+        sums[key] = sums.get(key, 0) + own
+    return np.array([sums[key] for key in sorted(sums)])
+
+
+def _charge(record: Record, costs: CostTable, widths: Sequence[int]) -> np.ndarray:
+    milliseconds, plain, context, num_rows = 0.0, 0.0, CONTEXT, 1
+    for num_emitted, num_drafted in zip(record.emitted, record.drafted, strict=True):
+        milliseconds += costs.round(1, context, num_rows, widths, num_drafted + 1)
+        plain += num_emitted * costs.cost("target", 1, context, 1)
+        context, num_rows = context + num_emitted, num_emitted
+    num_levels = len(widths) * len(record.drafted)
+    return np.array([sum(record.emitted), milliseconds, plain, num_levels])
+
+
+def _estimates(units: np.ndarray, method: str, versus: str) -> list[dict[str, object]]:
+    """Rows from sums (prompts, 2, 4) of what `_charged` gives for the two."""
+    draws = rows.bootstrap(units.reshape(len(units), -1)).reshape(-1, *units.shape[1:])
+    wanted = {
+        ("modelled_speedup", method): lambda sums: sums[:, 0, 2] / sums[:, 0, 1],
+        ("modelled_speedup", versus): lambda sums: sums[:, 1, 2] / sums[:, 1, 1],
+        ("modelled_gain", method): _gain,
+        ("break_even_ms", method): _break_even,
+    }
+    found = []
+    for (quantity, name), estimate in wanted.items():
+        low, high = rows.interval(estimate(draws))
+        row = {"quantity": quantity, "method": name, "value": estimate(units.sum(0)[None])[0]}
+        found.append(row | {"value_low": low, "value_high": high})
+    return found
+
+
+def _gain(sums: np.ndarray) -> np.ndarray:
+    rates = sums[:, :, 0] / sums[:, :, 1]
+    return rates[:, 0] / rates[:, 1] - 1
+
+
+def _break_even(sums: np.ndarray) -> np.ndarray:
+    """Milliseconds for which (theirs + levels x) / their tokens = ours / our tokens."""
+    ours, theirs = sums[:, 0], sums[:, 1]
+    return (ours[:, 1] * theirs[:, 0] / ours[:, 0] - theirs[:, 1]) / theirs[:, 3]
 
 
 # --- how often the guesses are right

@@ -268,6 +268,15 @@ def test_threads_are_set_back():
 # --- modelled costs
 
 
+def test_a_modelled_cascade_reads_the_head_once_where_eagle3_reads_it_at_every_level():
+    for name in cost_model.CARDS:
+        theirs = cost_model.table(name, batches=(1,), num_buckets=1)
+        ours = cost_model.table(name, batches=(1,), num_buckets=1, cascade=3)
+        level, one_pass = theirs.cost("level", 1, 256, 6), ours.cost("extend", 1, 256, 3)
+        assert level < one_pass < 3 * level
+        assert ours.cost("target", 1, 256, 10) == theirs.cost("target", 1, 256, 10)
+
+
 def test_modelled_tables_say_that_they_are():
     tables = {
         name: cost_model.table(name, batches=(1,), num_buckets=1) for name in cost_model.CARDS

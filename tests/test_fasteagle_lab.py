@@ -18,6 +18,7 @@ from test_fasteagle import make_cascade
 from specrepro import (
     checkpoints,
     claims,
+    cost_model,
     eagle3,
     experiment,
     fasteagle,
@@ -60,7 +61,7 @@ def record(method: str, prompt_id: str, emitted: int, passes: int, seconds: floa
         method=method, prompts="chat", prompt_id=prompt_id, temperature=0.0, seed=0, batch=1,
         repeat=0, group=prompt_id, max_new_tokens=99, top_p=1.0, top_k=0, target="t",
         dtype="float32", new_tokens=emitted + 1, tokens=[5] * (emitted + 1), seconds=seconds,
-        prefill_seconds=0.0, target_passes=passes, accepted=accepted,
+        prefill_seconds=0.0, target_passes=passes, accepted=accepted, drafted=[9] * passes,
     )  # fmt: skip
 
 
@@ -90,6 +91,40 @@ def test_drafting_is_compared_level_by_level_and_by_slope():
     (slope,) = found[found["quantity"] == "level_cost_ratio"].to_dict("records")
     ends = [slope[name] for name in ("value", "value_low", "value_high")]
     assert ends == pytest.approx([0.25] * 3)
+
+
+DRAFTING = {
+    "FastEagle": fasteagle_rows.Drafting(cascade=3), "EAGLE-3": fasteagle_rows.Drafting((6, 6)),
+}  # fmt: skip
+
+
+def test_as_well_accepted_a_cascade_gains_on_every_card_what_its_one_pass_saves():
+    ours, theirs = (
+        [record(method, name, 30, 10, 1.0) for name in "ab"] for method in ("FastEagle", "EAGLE-3")
+    )
+    lone = [record("EAGLE-3", "c", 40, 1, 0.001)]
+    found = fasteagle_rows.on_cards([*ours, *theirs, *lone], DRAFTING, "FastEagle", "EAGLE-3")
+    assert set(found["source"]) == {"modelled"} and set(found["num_prompts"]) == {2}
+    assert found["machine"].str.contains("modelled").all() and found["machine"].nunique() == 4
+    by_quantity = dict(list(found.groupby("quantity")["value"]))
+    assert by_quantity["modelled_gain"].between(0, 0.1).all()
+    assert (by_quantity["break_even_ms"] < 0).all(), "it is ahead at the floor already"
+    assert by_quantity["modelled_speedup"].between(2, 3).all(), "three tokens a round, not for free"
+
+
+def test_at_the_break_even_both_are_equally_fast():
+    """Worse accepted, it needs launches that cost something: exactly so much a level."""
+    records = [record("FastEagle", "a", 20, 10, 1.0), record("EAGLE-3", "a", 30, 10, 1.0)]
+    found = fasteagle_rows.on_cards(records, DRAFTING, "FastEagle", "EAGLE-3")
+    for card in cost_model.CARDS:
+        name = f"{cost_model.CARDS[card].name} (modelled)"
+        mine = found[found["machine"] == name].set_index(["quantity", "method"])["value"]
+        assert mine["modelled_gain", "FastEagle"] < 0
+        plain = cost_model.table(card, batches=(1,)).cost("target", 1, 512, 1)
+        ours = 20 * plain / mine["modelled_speedup", "FastEagle"]
+        theirs = 30 * plain / mine["modelled_speedup", "EAGLE-3"]
+        slower = theirs + 10 * 2 * mine["break_even_ms", "FastEagle"]
+        assert 30 / slower == pytest.approx(20 / ours, rel=1e-3)
 
 
 def test_a_guess_counts_where_all_words_up_to_it_are_the_answers(chat_target):

@@ -127,6 +127,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "checkpoints", "target_model",
     },
     "fasteagle_rows": {
+        "cost_model", "cost_table",
         "cascade", "draft_layer", "eagle3", "fasteagle", "measure", "rows", "target_model",
     },
     "fasteagle_figures": {"figures"},
