@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,8 +217,8 @@ class Lab(eagle3_lab.Lab):
     def _rounds(self, way: str, target: Target, drafters: Mapping[str, Drafter]) -> pd.DataFrame:
         run = self.run
         asked = run.questions("chat", min(self.plan.num_prompts, run.num_prompts))
-        for drafter in drafters.values():  # or compiling would be timed
-            decode(target, drafter, asked[0][1], run.max_new_tokens)
+        for drafter, (_, ids) in product(drafters.values(), asked):  # or compiling would be timed
+            decode(target, drafter, ids, run.max_new_tokens)
         records = measure.compare(
             target, drafters, asked, prompts="chat", path=run.records / f"{way}.jsonl",
             max_new_tokens=run.max_new_tokens, seed=run.seed,

@@ -46,7 +46,7 @@ COLUMNS = [
     "speedup_low", "speedup_high", "device", "torch", "transformers", "triton", "commit", "when",
 ]  # fmt: skip
 SLICE = ["prompts", "temperature", "batch", "seed"]  # what a row never mixes
-ABOUT_RUN = ["paper", "tier", "commit", "when", "torch", "transformers", "triton"]
+ABOUT_RUN = ["paper", "tier", "commit", "when", "target", "torch", "transformers", "triton"]
 SUMS = ["new_tokens", "seconds", "emitted", "target_passes", "decode_seconds"]
 PARTS = {  # of a round -> what Generation times
     "target": ("target",),
