@@ -241,11 +241,15 @@ class Run:
 
     def stage(self, name: str, make: Callable[[], pd.DataFrame]) -> None:
         """Add rows that are measured once per configuration and kept beside the records."""
+        self.keep(self.once(name, make))
+
+    def once(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """Such rows, measured now or read from beside the records."""
         path = self.records / f"{name}.csv"
         if not path.is_file():
             made = rows.stamp(make(), self.environment, self.tier_name, paper=self.paper)
             checkpoints.write_text(path, made.to_csv(index=False))
-        self.keep(pd.read_csv(path))
+        return pd.read_csv(path)
 
     def recall(self, stage: str) -> bool:
         """Add the rows of a stage that the `full` tier left in the repository, marked as such.

@@ -119,6 +119,9 @@ class Lab(eagle3_lab.Lab):
 
     def drafting(self) -> pd.DataFrame:
         """Rows "drafter_cost" by number of levels, of both methods, and their ratios."""
+        return self.run.once("drafting", self._drafting)
+
+    def _drafting(self) -> pd.DataFrame:
         own, found = self._backbone(), []
         prompt = self.run.questions("chat", 1)[0][1]
         for levels in self.plan.levels:
