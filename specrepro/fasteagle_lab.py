@@ -74,7 +74,7 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(
-        ("drafting", "sweep", "shapes"), 1, 0, (0.0,), levels=(1, 2, 4), repeats=3, widths=(2,),
+        UNTRAINED[:4], 1, 0, (0.0,), levels=(1, 2, 4), repeats=3, widths=(2,),
         batches=(1,), casts=False,
     ),
     "laptop": Plan(
