@@ -46,12 +46,8 @@ TargetFolder = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first and each for itself, so that processes side by side end together; the
-    others by file, which sets up once."""
+    """Slow tests, and so the files that hold them, first: processes side by side end together."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        group = item.nodeid if item.get_closest_marker("slow") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
