@@ -356,16 +356,15 @@ class Lab:
 
     def compare(self, batch: int) -> list[Record]:
         """Decode and time every method, in batches of this size, and costs in between."""
-        drafters, found, is_timed = self.drafters(batch), {}, self._meanwhile(batch).is_file()
-        profiler = self._profiler(batch)
+        drafters, found, path = self.drafters(batch), {}, self._meanwhile(batch)
+        profiler = None if path.is_file() else self._profiler(batch)
         for name, temperature, num_prompts in self._pieces(batch):
-            if not is_timed:
-                for size, context in profiler.grid.cases:
-                    profiler.repeat(size, context)
+            for size, context in profiler.grid.cases if profiler else ():
+                profiler.repeat(size, context)
             one = (name,), (temperature,), batch, num_prompts
             found[name, temperature] = self.run.compare(drafters, *one)
-        if not is_timed:
-            profiler.table().save(self._meanwhile(batch))
+        if profiler:
+            profiler.table().save(path)
         return sum(found.values(), [])
 
     def _pieces(self, batch: int) -> Iterator[tuple[str, float, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def against(records: Sequence[Record], method: str, versus: str) -> pd.DataFrame
     found = []
     for temperature in sorted({record.temperature for record in records}):
         mine = [r for r in records if r.temperature == temperature and r.error is None]
-        sums = _sums_by_prompt(mine, (method, versus))
+        sums = _sums_by_prompt(mine, (method, versus), _counts)
         if not len(sums):
             continue
         common = {"method": method, "versus": versus, "temperature": temperature, "batch": 1}
@@ -54,16 +55,23 @@ def against(records: Sequence[Record], method: str, versus: str) -> pd.DataFrame
     return pd.DataFrame(found)
 
 
-def _sums_by_prompt(records: Sequence[Record], methods: tuple[str, str]) -> np.ndarray:
-    """(prompts, 8): emitted, passes, tokens and seconds of one method, then of the other.
+def _counts(record: Record) -> np.ndarray:
+    """(4,) emitted, passes, tokens and seconds."""
+    counts = sum(record.emitted), record.target_passes, record.new_tokens, record.seconds
+    return np.array(counts, dtype=float)
+
+
+def _sums_by_prompt(
+    records: Sequence[Record], methods: tuple[str, str], count: Callable[[Record], np.ndarray]
+) -> np.ndarray:
+    """(prompts, 8): four sums of one method, then of the other.
 
     Prompts that one of the two did not finish are left out.
     """
     sums: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for record in (r for r in records if r.method in methods and r.target_passes):
         own = sums.setdefault((record.prompts, record.unit), {})
-        numbers = (sum(record.emitted), record.target_passes, record.new_tokens, record.seconds)
-        own[record.method] = own.get(record.method, np.zeros(4)) + np.array(numbers, dtype=float)
+        own[record.method] = own.get(record.method, 0) + count(record)
     whole = [own for own in sums.values() if set(own) == set(methods)]
     return np.array([np.concatenate([own[name] for name in methods]) for own in whole])
 
@@ -169,42 +177,38 @@ def on_cards(
     is than `versus`; and "break_even_ms", what every level of `versus` would have to cost above
     its floor, in launches and in choosing words, for the two to be equally fast.
     """
-    greedy = [r for r in records if not r.temperature and r.error is None and r.target_passes]
-    asked = ({(r.prompts, r.unit) for r in greedy if r.method == one} for one in (method, versus))
-    shared = set.intersection(*asked)
-    mine = [record for record in greedy if (record.prompts, record.unit) in shared]
+    mine = [record for record in records if not record.temperature and record.error is None]
     common = {"versus": versus, "temperature": 0.0, "batch": 1, "prompts": "all"}
     tables = []
     for name, card in cost_model.CARDS.items():
-        units = np.stack([_charged(mine, one, drafting[one], name) for one in (method, versus)], 1)
-        found = pd.DataFrame(_estimates(units, method, versus)).assign(**common)
-        tables.append(found.assign(machine=f"{card.name} (modelled)", num_prompts=len(units)))
+        costs = {
+            one: cost_model.table(name, batches=(1,), cascade=way.cascade)
+            for one, way in drafting.items()
+        }
+        charge = partial(_charge, costs=costs, drafting=drafting)
+        sums = _sums_by_prompt(mine, (method, versus), charge)
+        found = pd.DataFrame(_estimates(sums, method, versus)).assign(**common)
+        tables.append(found.assign(machine=f"{card.name} (modelled)", num_prompts=len(sums)))
     return pd.concat(tables, ignore_index=True).assign(source="modelled")
 
 
-def _charged(records: Sequence[Record], method: str, drafting: Drafting, card: str) -> np.ndarray:
-    """(prompts, 4): tokens, milliseconds, those of autoregressive decoding, levels in turn."""
-    costs = cost_model.table(card, batches=(1,), cascade=drafting.cascade)
-    sums: dict[tuple[str, str], np.ndarray] = {}
-    for record in (r for r in records if r.method == method):
-        own, key = _charge(record, costs, drafting.widths), (record.prompts, record.unit)
-        sums[key] = sums.get(key, 0) + own
-    return np.array([sums[key] for key in sorted(sums)])
-
-
-def _charge(record: Record, costs: CostTable, widths: Sequence[int]) -> np.ndarray:
+def _charge(
+    record: Record, costs: Mapping[str, CostTable], drafting: Mapping[str, Drafting]
+) -> np.ndarray:
+    """(4,) tokens, milliseconds, those of autoregressive decoding, levels drafted in turn."""
+    own, widths = costs[record.method], drafting[record.method].widths
     milliseconds, plain, context, num_rows = 0.0, 0.0, CONTEXT, 1
     for num_emitted, num_drafted in zip(record.emitted, record.drafted, strict=True):
-        milliseconds += costs.round(1, context, num_rows, widths, num_drafted + 1)
-        plain += num_emitted * costs.cost("target", 1, context, 1)
+        milliseconds += own.round(1, context, num_rows, widths, num_drafted + 1)
+        plain += num_emitted * own.cost("target", 1, context, 1)
         context, num_rows = context + num_emitted, num_emitted
     num_levels = len(widths) * len(record.drafted)
     return np.array([sum(record.emitted), milliseconds, plain, num_levels])
 
 
-def _estimates(units: np.ndarray, method: str, versus: str) -> list[dict[str, object]]:
-    """Rows from sums (prompts, 2, 4) of what `_charged` gives for the two."""
-    draws = rows.bootstrap(units.reshape(len(units), -1)).reshape(-1, *units.shape[1:])
+def _estimates(sums: np.ndarray, method: str, versus: str) -> list[dict[str, object]]:
+    """Rows from sums (prompts, 8) of what `_charge` gives for the two."""
+    total, draws = (x.reshape(-1, 2, 4) for x in (sums.sum(0), rows.bootstrap(sums)))
     wanted = {
         ("modelled_speedup", method): lambda sums: sums[:, 0, 2] / sums[:, 0, 1],
         ("modelled_speedup", versus): lambda sums: sums[:, 1, 2] / sums[:, 1, 1],
@@ -214,7 +218,7 @@ def _estimates(units: np.ndarray, method: str, versus: str) -> list[dict[str, ob
     found = []
     for (quantity, name), estimate in wanted.items():
         low, high = rows.interval(estimate(draws))
-        row = {"quantity": quantity, "method": name, "value": estimate(units.sum(0)[None])[0]}
+        row = {"quantity": quantity, "method": name, "value": estimate(total)[0]}
         found.append(row | {"value_low": low, "value_high": high})
     return found
 

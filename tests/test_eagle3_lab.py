@@ -321,6 +321,7 @@ def test_laptop_draws_the_rows_that_full_left_and_marks_them(
     recalled = found.run.of("ablation")
     assert set(recalled["source"]) == {experiment.COMMITTED}
     assert len(recalled) == len(lab.run.of("ablation"))
+    assert len(found.run.rows) == (rows["stage"] == "ablation").sum(), "differences among them"
     pd.read_csv(path).assign(target="another").to_csv(path, index=False)
     assert not found.run.recall("ablation"), "rows of another target are not drawn"
 

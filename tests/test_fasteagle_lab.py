@@ -255,6 +255,13 @@ def test_rows_tell_what_was_varied(lab):
     assert cached["FastEagle"] == 4 * cached["EAGLE-3"], "the tiny cascade has four layers"
 
 
+def test_drafting_is_timed_once(lab):
+    """Or a run that is resumed beside other work would time it again."""
+    before = lab.run.of("drafter_cost")["value"].tolist()
+    again = lab.drafting()
+    assert again.loc[again["quantity"] == "drafter_cost", "value"].tolist() == before
+
+
 def test_rounds_are_told_apart_by_how_they_were_run(lab):
     found = lab.run.rows
     rounds = found[found["quantity"] == "compiled_round"]
