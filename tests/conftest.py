@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # `pytest -m gpu` runs the kernels compiled; anything else runs on the CPU, whatever there is beside
 if not any("gpu" in argument for argument in sys.argv[1:]):
@@ -43,11 +45,24 @@ CHAT_TEMPLATE = (
 )
 
 TargetFolder = Callable[..., Path]
+SMOKE = "::test_the_notebook_reaches_its_verdict_at_the_smoke_tier["
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests, and so the files that hold them, first: processes side by side end together."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+class _Scheduling(LoadScopeScheduling):
+    """A file is one process's, which sets up once; a paper's notebook goes by itself: minutes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if SMOKE in nodeid else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Scheduling:
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
