@@ -26,7 +26,7 @@ try:  # these take seconds
     from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
     from papermill.exceptions import PapermillExecutionError
 
-    from specrepro import assets, claims, experiment, paper_tier, prompts, tts
+    from specrepro import assets, claims, experiment, pages, paper_tier, prompts, tts
     from specrepro.experiment import PAPERS, ROOT, TIERS
 except KeyboardInterrupt:
     print(f"reproduce.sh: {INTERRUPTED}", file=sys.stderr)
@@ -60,7 +60,7 @@ def _run(name: str, options: argparse.Namespace) -> int:
         print("\n".join(f"{paper:10} {about}" for paper, about in PAPERS.items()))
         return 0
     if name == "readme":
-        experiment.write_readme_tables()
+        pages.write()
         return 0
     return reproduce(name, options)
 

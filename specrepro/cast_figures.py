@@ -205,9 +205,9 @@ def speedup_bars(rows: pd.DataFrame, reported: pd.DataFrame | None = None) -> Fi
             here = ours[ours["batch"] == batch]
             present = set(here["prompts"])
             prompts = sorted(present - {*PROMPT_SETS}) + [n for n in PROMPT_SETS if n in present]
-            _grouped_bars(axes, here, "speedup", prompts, _colours(ours["method"]))
-            theirs = _reported_at(here, reported, batch)
-            _hollow_over_bars(axes, theirs, "speedup", prompts, ours, theirs)
+            colours, theirs = _colours(ours["method"]), _reported_at(here, reported, batch)
+            _grouped_bars(axes, here, "speedup", prompts, colours)
+            _hollow_over_bars(axes, theirs, "speedup", prompts, colours, theirs)
             axes.set_xlabel(f"prompt set (batch {batch:g})")
             shown.append(theirs)
         panels[0].set_ylabel(SPEEDUP)

@@ -640,17 +640,22 @@ def _terminal_lines(verdict: Verdict, text_width: int, sizes: list[int]) -> list
 
 def _not_tested_lines(verdicts: list[Verdict], width: int) -> list[str]:
     """The claims that were not tested, by their ids, under each reason once."""
-    reasons: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        if verdict.verdict == "not tested":
-            reasons.setdefault(verdict.why, []).append(verdict.id)
     lines = []
-    for why, ids in reasons.items():
+    for why, ids in untested(verdicts).items():
         first = textwrap.wrap(why, width - 17, break_on_hyphens=False)
         others = textwrap.wrap(", ".join(ids), width - 19, break_on_hyphens=False)
         lines += [f"{'not tested':17}{first[0]}", *(" " * 17 + text for text in first[1:])]
         lines += [" " * 19 + text for text in others]
     return lines
+
+
+def untested(verdicts: list[Verdict]) -> dict[str, list[str]]:
+    """Ids of the claims that were not tested, by the reason why."""
+    reasons: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.verdict == "not tested":
+            reasons.setdefault(verdict.why, []).append(verdict.id)
+    return reasons
 
 
 def summary(verdicts: list[Verdict]) -> str:

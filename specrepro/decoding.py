@@ -28,7 +28,10 @@ from specrepro.tree_verify import Verdict, takes_kernels, verify_greedy, verify_
 class Drafter(Protocol):
     """Proposes draft trees; all state it keeps between rounds belongs to one call of `decode`.
 
-    One that draws what it drafts may bring a `judge` of its own, with the arguments of `judge`.
+    One that draws what it drafts may bring a `judge` of its own, with the arguments of `judge`. One
+    that brings `foresee(times_at, sampling)` is told before each `propose`, at temperature > 0, how
+    the next tokens will be drawn: `times_at(depth)` are the race times (B, R + C) of the children
+    of nodes at a depth.
     """
 
     max_nodes: int  # most nodes of a tree, the root included
@@ -422,6 +425,7 @@ class _Loop:
 
     def _round(self, batch: _Batch, rows: Tensor, cache: KVCache) -> None:
         with self.clock.part("draft"):
+            self._let_foresee(rows, batch.num_new[rows])
             tree = self.drafter.propose()
         with self.clock.part("target"):
             if self.grows:
@@ -441,6 +445,15 @@ class _Loop:
         batch.append(rows, verdict.tokens, verdict.num_accepted + 1, self.stop_ids)
         self._note_gaps(batch, rows, scores.logits, times, verdict.path)
         batch.count(rows, verdict.num_accepted, tree.num_nodes - 1)
+
+    def _let_foresee(self, rows: Tensor, num_new: Tensor) -> None:
+        """Show a drafter that asks for it by which times the target will draw."""
+        if self.race_times is None or not hasattr(self.drafter, "foresee"):
+            return
+        last = self.race_times.shape[1] - 1  # nothing behind it is ever emitted
+        self.drafter.foresee(
+            lambda depth: self.race_times[rows, (num_new + depth).clamp_max(last)], self.sampling
+        )
 
     def _times(self, rows: Tensor, positions: Tensor) -> Tensor | None:
         """The race times of `rows` (b,) at new-token `positions` (b, N)."""

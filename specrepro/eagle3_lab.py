@@ -26,11 +26,13 @@ from torch import nn
 
 from specrepro import (
     checkpoints,
+    coupled,
     draft_lm,
     eagle2,
     eagle3,
     eagle3_figures,
     experiment,
+    losslessness,
     measure,
     medusa,
     ngram,
@@ -38,7 +40,8 @@ from specrepro import (
     recycling,
     rows,
 )
-from specrepro.decoding import Drafter
+from specrepro.coupled import COUPLED, CoupledDrafter
+from specrepro.decoding import Drafter, Sampling
 from specrepro.eagle3 import TreeConfig
 from specrepro.eagle3_variants import OVER_TRAINING, SCALES, VARIANTS, WORK, Workshop
 from specrepro.headroom import SelfDrafter
@@ -90,8 +93,9 @@ class Plan:
 
 STAGES = (
     "baselines", "ablation", "ablation_by_depth", "data_scaling", "sensitivity", "throughput",
-    "sweep", "headroom", "training",
+    "sweep", "headroom", "training", "audit_greedy", "audit_sampled",
 )  # fmt: skip
+AUDITS = STAGES[-2:]
 PLANS = {
     "smoke": Plan(
         ("baselines", "throughput", "sweep", "training"), 1, (0.0,), batches=(1,), depths=(2,),
@@ -176,7 +180,7 @@ class Lab:
     def remedy(self, stage: str) -> str:
         """How rows of a stage are made."""
         measured = f"python -m specrepro.eagle3_lab {stage}"
-        if stage in ("throughput", "sweep", "baselines", "headroom"):
+        if stage in ("throughput", "sweep", "baselines", "headroom", *AUDITS):
             return f"no rows; {measured} makes them"
         if stage == "training":
             return f"no card of {self.checkpoint} says how its tau grew; train it anew"
@@ -190,7 +194,7 @@ class Lab:
         others = [Entry(name, UNTRAINED[name]) for name in self.plan.untrained] + self._committed()
         records, found = self._measure(
             "decode", [Entry(OURS, self.load), *others], ALL_SETS, self.plan.temperatures,
-            file="decoded",
+            file="baselines",
         )  # fmt: skip
         if OURS in set(self.run.of("decode").get("method", ())):  # measured on more prompts
             found = found[~found["method"].isin([OURS, AUTOREGRESSIVE])]
@@ -271,19 +275,22 @@ class Lab:
             for top_k in self.plan.widths:
                 trees = [TreeConfig(depth, top_k, size) for size in self.plan.sizes]
                 entries += [self._of_tree(tree) for tree in trees]
-        _, found = self._measure("sweep", entries, ("chat",), (0.0,), file="decoded")
+        _, found = self._measure("sweep", entries, ("chat",), (0.0,), file="sweep")
         return found[found["method"] == OURS]
 
     def headroom(self) -> pd.DataFrame:
         """Rows of quantity "headroom": sampled tau of the head and of the target, by tree size.
 
-        Who knows the distribution of every word to come, and no more, accepts that much.
+        Who knows the distribution of every word to come, and no more, accepts that much; the
+        coupled head also knows the dice.
         """
         own, entries = self.load(self.run.target).tree, []
         for size in sorted({own.total_tokens, *self.plan.sizes}):
-            head = self._of_tree(replace(own, total_tokens=size))
-            itself = partial(SelfDrafter, tree=replace(own, total_tokens=size))
-            entries += [head, replace(head, method=ITSELF, load=itself)]
+            tree = replace(own, total_tokens=size)
+            head, itself = self._of_tree(tree), partial(SelfDrafter, tree=tree)
+            seeing = partial(CoupledDrafter.load, self.checkpoint, tree=tree)
+            entries += [head, replace(head, method=COUPLED, load=seeing)]
+            entries += [replace(head, method=ITSELF, load=itself)]
         found = self._measure("headroom", entries, ALL_SETS[:3], (1.0,))[1]
         timed = [name for name in found if name.startswith(("speedup", "tokens_per", "seconds"))]
         return found[found["method"] != AUTOREGRESSIVE].drop(columns=timed)
@@ -302,6 +309,28 @@ class Lab:
             for folder in long.values()
         ]
         return pd.concat([found, *tables])
+
+    def audit_greedy(self) -> pd.DataFrame:
+        """Rows of the audit of greedy decoding: exact in float32, near ties in half precision."""
+        return self._audited(losslessness.GREEDY)
+
+    def audit_sampled(self) -> pd.DataFrame:
+        """Rows of the audit of decoding at temperature 1, in float32."""
+        return self._audited(losslessness.SAMPLED)
+
+    def _audited(self, sampling: Sampling) -> pd.DataFrame:
+        loaders, others = drafters(self.checkpoint), controls(self.checkpoint)
+        return self.run.audited(loaders, others, samplings=(sampling,))
+
+    def audit(self, loaders: Mapping[str, Load]) -> pd.DataFrame:
+        """This tier's own audit, and the larger ones that `full` left in the repository."""
+        if self.run.tier_name == "full":
+            for stage in AUDITS:
+                self.take(stage)
+            return self.run.of("losslessness", "near_tie")
+        for stage in AUDITS:
+            self.run.recall(stage)
+        return self.run.audit(loaders, controls(self.checkpoint))
 
     # --- drafters
 
@@ -434,6 +463,11 @@ def _tree(folder: Path, method: str, tree: TreeConfig | None = None) -> Load:
     """The drafter of a checkpoint with its own dynamic tree, or another."""
     module = {"eagle3": eagle3, "eagle2": eagle2}[method]
     return lambda target: module.Drafter.load(folder, target, tree)
+
+
+def drafters(checkpoint: Path | str, **tree: int) -> dict[str, Load]:
+    """The paper's own and the coupled one; `tree` overrides the checkpoint's sizes where not 0."""
+    return eagle3.drafters(checkpoint, **tree) | coupled.drafters(checkpoint, **tree)
 
 
 def controls(checkpoint: Path | str) -> dict[str, Load]:

@@ -4,8 +4,8 @@ A `Run` is what a notebook holds: the target, the questions, the rows measured s
 appended prompt by prompt, and a second run of the same configuration measures nothing twice. A run
 whose configuration changed starts afresh, or, asked to resume, refuses and shows the difference.
 
-Rows of several tiers share one results.csv: a run replaces those of its own tier. The tables of
-the README are functions of those rows (`write_readme_tables`).
+Rows of several tiers share one results.csv: a run replaces those of its own tier. What a reader
+sees without running anything is a function of those rows (`pages`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import errno
 import itertools
 import json
 import os
-import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,10 +42,10 @@ from specrepro import (
 from specrepro import target_model as targets
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 PAPERS = {
     "eagle3": "EAGLE-3: a draft head on fused features, trained by testing itself (2503.01840)",
     "cast": "CAST: the draft tree grown against the measured cost of inference (2510.26577)",
+    "gto": "GTO: the draft head tuned on the reward of whole draft trees (2509.22134)",
     "fasteagle": "FastEagle: a cascade that drafts every position in one pass (2509.20416)",
     "adaeagle": "AdaEAGLE: predict how many tokens are worth drafting (2412.18910)",
     "tts": "SpecTTS-Bench: trained and training-free drafters at test-time scaling (2509.04474)",
@@ -212,16 +212,18 @@ class Run:
         temperatures: Sequence[float] = (0.0, 1.0),
         batch: int = 1,
         num_prompts: int = 0,
+        file: str = "decoded",
     ) -> list[measure.Record]:
         """Decode the prompt sets by every method and the baseline, unless that is on record.
 
-        `num_prompts` of each set, where 0 is the run's number.
+        `num_prompts` of each set, where 0 is the run's number. What is on record in another `file`
+        is decoded again: the machine drifts, and a baseline is to take turns with its methods.
         """
         settings = [(name, temperature) for name in sets for temperature in temperatures]
         records = [
             measure.compare(
                 self.target, methods, self.questions(name, num_prompts), prompts=name,
-                path=self.records / "decoded.jsonl", temperature=temperature,
+                path=self.records / f"{file}.jsonl", temperature=temperature,
                 max_new_tokens=self.max_new_tokens, batch=batch, repeats=self.tier.repeats,
                 seed=self.seed,
             )
@@ -285,12 +287,24 @@ class Run:
         sets: Sequence[str] = ("chat", "humaneval"),
         num_prompts: int = 0,
     ) -> pd.DataFrame:
-        """Is every method lossless, at batch 1 and 4?
+        """Is every method lossless, at batch 1 and 4? Adds the rows of `audited` and shows all."""
+        self.keep(self.audited(loaders, controls, sets, num_prompts))
+        return self.of("losslessness", "near_tie")
+
+    def audited(
+        self,
+        loaders: Loaders,
+        controls: Loaders | None = None,
+        sets: Sequence[str] = ("chat", "humaneval"),
+        num_prompts: int = 0,
+        samplings: Sequence[decoding.Sampling] = (losslessness.GREEDY, losslessness.SAMPLED),
+    ) -> pd.DataFrame:
+        """Rows of an audit, one sampling after the other.
 
         In the run's own dtype only near ties may part; float32 carries the claim of exactness,
         and is left out where the target does not fit its device in it.
         Where prompts are many, drafters that draft badly are asked too: `controls`, and one that is
-        always wrong. Each set, dtype and batch size is a stage of its own, to resume from.
+        always wrong. Each case is measured once and kept, to resume from.
         `num_prompts` of each set, where 0 is the tier's share.
         """
         if self.tier.audited_prompts >= 40:
@@ -299,14 +313,23 @@ class Run:
         num_prompts = num_prompts or max(1, self.tier.audited_prompts // len(sets))
         exact = ("float32",) if self.published is None or self.published.exact else ()
         own = measure.dtype_name(self.target)  # what "auto" came to
-        cases = itertools.product(dict.fromkeys((own, *exact)), sets, (1, 4))
-        for dtype, name, batch in cases:
-            audit = partial(self._audit, loaders, dtype, name, num_prompts, batch)
-            self.stage(f"audit_{dtype}_{name}_{batch}", audit)
-        return self.of("losslessness", "near_tie")
+        tables = []
+        cases = itertools.product(samplings, dict.fromkeys((own, *exact)), sets, (1, 4))
+        for sampling, dtype, name, batch in cases:
+            if sampling.is_greedy or dtype == "float32":  # rounding alone turns many a race
+                audit = partial(self._audit, loaders, dtype, name, num_prompts, batch, sampling)
+                asked = zlib.crc32(f"{sorted(loaders)}, {num_prompts}, {sampling}".encode())
+                tables.append(self.once(f"audit_{dtype}_{name}_{batch}_{asked:08x}", audit))
+        return pd.concat(tables) if tables else pd.DataFrame()
 
     def _audit(
-        self, loaders: Loaders, dtype: str, name: str, num_prompts: int, batch: int
+        self,
+        loaders: Loaders,
+        dtype: str,
+        name: str,
+        num_prompts: int,
+        batch: int,
+        sampling: decoding.Sampling,
     ) -> pd.DataFrame:
         is_own = dtype == measure.dtype_name(self.target)
         target = self.target if is_own else self._exact_target
@@ -314,7 +337,7 @@ class Run:
             target, {method: load(target) for method, load in loaders.items()},
             self.questions(name, num_prompts), prompts=name,
             max_new_tokens=self.tier.audited_tokens if is_own else self.tier.exact_tokens,
-            batch=batch, seed=self.seed,
+            batch=batch, seed=self.seed, samplings=(sampling,),
         )  # fmt: skip
 
     def save(self, figure: Figure, name: str) -> Figure:
@@ -420,84 +443,3 @@ def _free_bytes(folder: Path) -> int:
     """Of the disk that a folder is on, or would be."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
-
-
-# --- the README's tables
-
-
-def write_readme_tables(path: Path = README) -> None:
-    """Redo what stands between `<!-- rows: <paper> -->` and `<!-- end -->` from committed rows."""
-    checkpoints.write_text(path, with_tables(path.read_text()))
-
-
-def with_tables(text: str) -> str:
-    """A README text with its generated tables made anew."""
-    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: found[1] + table_of(found[2]) + found[3], text)
-
-
-def table_of(paper: str) -> str:
-    """Speedup and tau per prompt set with intervals, measured beside reported, in Markdown.
-
-    With a column of batch sizes where the paper's own tables have one.
-    """
-    path = ROOT / "figures" / paper / "results.csv"
-    if not path.is_file():
-        return "Not measured yet.\n"
-    reported = claims.reported(paper)
-    reported = reported[(reported["quantity"] == "decode") & (reported["by"] == "authors")]
-    reported = reported[reported["model"] == reported_model(paper)]
-    batches = reported["batch"].dropna().unique() if "batch" in reported else []
-    found = pd.read_csv(path)
-    decoded = found[(found["quantity"] == "decode") & found["batch"].isin([1, *batches])]
-    decoded = decoded[decoded["method"] != measure.AUTOREGRESSIVE]
-    if decoded.empty:
-        return "Not measured yet.\n"
-    decoded = best_tier(decoded)
-    keys = ["method", "temperature", *(["batch"] if len(batches) else []), "prompts"]
-    names = ["method", "T", *(["batch"] if len(batches) else []), "prompts", "n", "speedup [95 %]"]
-    names += ["tau [95 %]", f"reported ({reported_model(paper)})"]
-    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
-    lines = [_table_line(row, keys, reported) for row in decoded.to_dict("records")]
-    return head + "".join(lines) + _provenance(decoded)
-
-
-def best_tier(found: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the tier that measured most."""
-    present = [tier for tier in TIERS if tier in set(found["tier"])]
-    return found[found["tier"] == present[-1]]
-
-
-_UNITS = (("speedup", "x"), ("tau", ""))
-
-
-def _table_line(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFrame) -> str:
-    is_beside = pd.Series(True, index=reported.index)
-    for key in [*keys, *({"paradigm"} & row.keys() & set(reported))]:
-        is_beside &= reported[key] == row[key]
-    theirs = [_reported_cell(one) for one in reported[is_beside].to_dict("records")][:1]
-    ours = [_measured_cell(row, name, unit) for name, unit in _UNITS]
-    place = [f"{row[key]:g}" if key in ("temperature", "batch") else row[key] for key in keys]
-    cells = [*place, f"{row['num_prompts']:g}", *ours, *(theirs or ["-"])]
-    return "| " + " | ".join(cells) + " |\n"
-
-
-def _reported_cell(cell: Mapping[str, object]) -> str:
-    """Speedup and tau, as far as the paper tells them."""
-    found = ["-" if pd.isna(cell.get(n)) else f"{cell[n]:.2f}{unit}" for n, unit in _UNITS]
-    return " / ".join(found).removesuffix(" / -")
-
-
-def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
-    """A number and its interval, which a lone prompt or batch has not."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
-    return f"{row[name]:.2f}{unit}{ends}"
-
-
-def _provenance(decoded: pd.DataFrame) -> str:
-    one = decoded.iloc[0]
-    return (
-        f"\nTier `{one['tier']}`, target {one['target']}, {one['dtype']} on {one['device']}"
-        f" ({one['threads']:g} threads), torch {one['torch']}, {str(one['when'])[:10]}.\n"
-    )

@@ -1,4 +1,4 @@
-"""The target drafting for itself: the acceptance length that no draft head can pass.
+"""The target drafting for itself: the acceptance length that no head passes without the dice.
 
 At temperature 0 such a drafter is never wrong: a tree that keeps its likeliest path is accepted
 down to the last level. Above it the words to come are drawn, and even who knows their distribution

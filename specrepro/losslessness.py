@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -116,10 +116,12 @@ def losslessness(
     batch: int = 1,
     seed: int = 0,
     bound: float | None = None,
+    samplings: Sequence[Sampling] = (GREEDY, SAMPLED),
 ) -> pd.DataFrame:
     """Rows that say for each method whether it gave the target's own tokens; see above.
 
-    In float32 the baseline itself is checked too; `bound` replaces `near_tie_bound` below that.
+    In float32 the baseline itself is checked too, in each of the `samplings`; `bound` replaces
+    `near_tie_bound` below that.
     """
     room = target.max_context - max(len(token_ids) for _, token_ids in questions)
     audit = _Audit(target, list(questions), min(max_new_tokens, room), batch, seed)
@@ -127,7 +129,7 @@ def losslessness(
         name: as_drafter(entry) for name, entry in methods.items() if name != GENERATE
     }
     if target.dtype == torch.float32:
-        rows = _exactness_rows(audit, drafters)
+        rows = [row for one in samplings for row in _exactness_rows(audit, drafters, one)]
     else:
         bound = near_tie_bound(target.dtype) if bound is None else bound
         rows = _near_tie_rows(audit, drafters, bound)
@@ -155,7 +157,7 @@ class _Audit:
             seeds = [sequence_seed(self.seed, prompt_id) for prompt_id, _ in group]
             found += decode(
                 self.target, drafter, [list(token_ids) for _, token_ids in group],
-                self.max_new_tokens, sampling.temperature, seed=seeds, **options,
+                self.max_new_tokens, **asdict(sampling), seed=seeds, **options,
             )  # fmt: skip
         return found
 
@@ -168,16 +170,19 @@ class _Audit:
         return [first_divergence(*case) for case in zip(ids, *tokens, strict=True)]
 
 
-def _exactness_rows(audit: _Audit, drafters: dict[str, Drafter]) -> list[dict[str, Any]]:
-    greedy = [
-        generate(audit.target, [token_ids], audit.max_new_tokens)[0]
-        for _, token_ids in audit.questions
-    ]
-    sampled = audit.generations(Autoregressive(), SAMPLED, batch=1, record_gaps=True)
+def _exactness_rows(
+    audit: _Audit, drafters: dict[str, Drafter], sampling: Sampling
+) -> list[dict[str, Any]]:
+    if sampling.is_greedy:
+        expected = [
+            generate(audit.target, [token_ids], audit.max_new_tokens)[0]
+            for _, token_ids in audit.questions
+        ]
+    else:
+        expected = audit.generations(Autoregressive(), sampling, batch=1, record_gaps=True)
     return [
         _exactness_row(audit, method, drafter, sampling, expected)
         for method, drafter in drafters.items()
-        for sampling, expected in ((GREEDY, greedy), (SAMPLED, sampled))
     ]
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,8 @@ from specrepro.target_model import ATTENTION, Target
 AUTOREGRESSIVE = "Autoregressive"
 GENERATE = "transformers.generate"
 WARM_UP_TOKENS = 16
+# method, batch, greedy or not and threads of what has run on a target before
+_WARM: WeakKeyDictionary[Target, set[tuple[str, int, bool, int]]] = WeakKeyDictionary()
 # what one prompt can cause; anything else is our own mistake and stops the run
 DECODING_ERRORS = (ValueError, RuntimeError, IndexError)
 
@@ -222,7 +225,17 @@ def _turns(
     if len({prompt_id for prompt_id, _ in questions}) < len(questions):
         raise ValueError("two questions share an id, so their records could not be told apart")
     groups = [list(questions[i : i + batch]) for i in range(0, len(questions), batch)]
-    return [_Turn(m, repeat, g) for g in groups for repeat in range(repeats) for m in methods]
+    return [
+        _Turn(method, repeat, group)
+        for place, group in enumerate(groups)
+        for repeat in range(repeats)
+        for method in _rotated(methods, place + repeat)  # none is always the first at a prompt
+    ]
+
+
+def _rotated(methods: list[str], places: int) -> list[str]:
+    places %= len(methods)
+    return methods[places:] + methods[:places]
 
 
 def held_records(path: Path, wanted: Sequence[Record]) -> dict[tuple[Any, ...], Record]:
@@ -243,17 +256,22 @@ def held_records(path: Path, wanted: Sequence[Record]) -> dict[tuple[Any, ...], 
 def _warm_decoders(
     target: Target, methods: Methods, left: list[_Turn], setting: _Setting
 ) -> dict[str, Decoder]:
-    """A decoder per method that has turns left, each run once untimed."""
+    """A decoder per method that has turns left, each run untimed once in this process."""
     first = {turn.method: turn for turn in reversed(left)}
     decoders = {
         method: _decoder(target, method, methods[method], setting.sampling)
         for method in methods
         if method in first
     }
+    warm = _WARM.setdefault(target, set())
     for method, decoder in decoders.items():
+        like = method, setting.batch, setting.sampling.is_greedy, torch.get_num_threads()
+        if like in warm:
+            continue
         prompt_ids, seeds = _inputs(first[method], setting)
         try:
             decoder(prompt_ids, seeds, min(WARM_UP_TOKENS, setting.max_new_tokens))
+            warm.add(like)
         except DECODING_ERRORS:
             continue  # the timed turn fails the same way, and its record says so
     return decoders

@@ -39,6 +39,26 @@ def race_lead(probs: Tensor, times: Tensor) -> Tensor:
     return (first_two[..., 1] / first_two[..., 0]).log().amin(0)
 
 
+def odds(probs: Tensor, times: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
+    """(B, n, M) how likely each token is to win the race of `times` (B, R + C), by guessed masses.
+
+    `probs` (B, n, M) are the guesses for some tokens (M,) of the vocabulary. Were their logarithms
+    off by independent standard Gumbel noise, each would win a race with its share of mass / time:
+    among the grid's rows r, then among the columns c of one, M_r / t_r and p / t_c over their sums.
+    So a token may be likely by what it is or by its luck.
+    """
+    R, C = vocabulary_grid(vocab_size)
+    rows, columns = (token_ids // C).expand_as(probs), token_ids % C
+    empty = probs.new_zeros(*probs.shape[:-1], R)
+    among_rows = empty.scatter_add(-1, rows, probs) / times[:, None, :R]
+    among_columns = probs / times[:, None, R:][..., columns]
+    in_row = empty.scatter_add(-1, rows, among_columns)
+    # a row without mass has no share to give
+    share = among_rows / in_row.clamp_min(torch.finfo(probs.dtype).tiny)
+    found = (share / among_rows.sum(-1, keepdim=True)).gather(-1, rows) * among_columns
+    return found.clamp_max(1)  # rounding must not make a child likelier than its parent
+
+
 def _two_first(arrivals: Tensor) -> Tensor:
     arrivals = F.pad(arrivals, (0, 1), value=torch.inf)
     return arrivals.topk(2, -1, largest=False).values

@@ -178,7 +178,7 @@ def test_an_interrupted_run_resumes_to_every_record_and_keeps_those_it_had(
     command = ["-m", "specrepro", "eagle3", "--tier", "smoke", "-p", "target", str(target)]
     command += ["-p", "checkpoint", str(head), "-p", "figures_dir", str(tmp_path)]
     run = start(*command)
-    run.interrupt_at("maths, T = 0:")
+    run.interrupt_at("maths, T = 1:")
     status, printed = run.end()
     assert status == 130 and printed.endswith("\n" + ONE_LINE) and "Traceback" not in printed
     records = tmp_path / "eagle3" / "records" / "smoke" / "decoded.jsonl"
@@ -268,7 +268,7 @@ def test_what_is_replaced_in_one_step_stays_as_it_was_when_the_disk_is_full(save
 
 
 def test_a_figure_that_does_not_fit_is_told_as_a_full_disk(tmp_path):
-    with files_of_at_most(1_000), pytest.raises(OSError) as refusal:
+    with files_of_at_most(100), pytest.raises(OSError) as refusal:
         figures.save(Figure(), tmp_path, "fig_1")
     assert "make room there" in experiment.no_room(str(refusal.value), tmp_path)
 

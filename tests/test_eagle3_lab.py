@@ -42,6 +42,7 @@ METHODS = {
     DraftLM: DraftLM(32, 32, 1, 2, num_drafted=2),
 }
 BUDGET = Budget(share=0.25, steps=2)
+DRAWN = [stage for stage in eagle3_lab.STAGES if stage not in eagle3_lab.AUDITS]
 PLAN = Plan(eagle3_lab.STAGES, 1, (0.0,), batches=(1, 2), depths=(1, 2), widths=(3,), sizes=(4, 8))
 
 
@@ -101,7 +102,7 @@ def lab(workshop, small_world, tmp_path_factory) -> Iterator[Lab]:
     checkpoints.write_text(
         found.committed / "eagle2" / "card.json", json.dumps(card | {"target": name})
     )
-    assert all(found.take(stage) for stage in eagle3_lab.STAGES)
+    assert all(found.take(stage) for stage in DRAWN)
     yield found
     rows_module._resamples.cache_clear()
 
@@ -197,7 +198,7 @@ def test_two_processes_never_train_the_same_variant(workshop, answers, tmp_path,
 
 def test_every_stage_draws_and_the_papers_values_are_hollow_marks(lab, rows):
     reported = claims.reported("eagle3").query("model == 'Llama-3.1-8B'")
-    assert eagle3_figures.DRAWINGS.keys() == set(eagle3_lab.STAGES)
+    assert eagle3_figures.DRAWINGS.keys() == set(DRAWN)
     hollow = {}
     for stage, (name, draw) in eagle3_figures.DRAWINGS.items():
         figure = draw(rows, reported)
@@ -324,6 +325,22 @@ def test_laptop_draws_the_rows_that_full_left_and_marks_them(
     assert len(found.run.rows) == (rows["stage"] == "ablation").sum(), "differences among them"
     pd.read_csv(path).assign(target="another").to_csv(path, index=False)
     assert not found.run.recall("ablation"), "rows of another target are not drawn"
+
+
+def test_the_long_audit_is_shown_at_other_tiers_beside_their_own(workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    labs = {tier: lab_of(workshop, tmp_path / tier, tier) for tier in ("full", "laptop")}
+    for found, num_prompts in zip(labs.values(), (4, 2), strict=True):
+        found.run.tier = replace(found.run.tier, audited_prompts=num_prompts, exact_tokens=4)
+    for stage in eagle3_lab.AUDITS:
+        assert labs["full"].take(stage)
+        path = tmp_path / "figures" / "eagle3" / "results.csv"
+        eagle3_lab.replace_stage(path, labs["full"].run.rows, stage)
+    shown = labs["laptop"].audit(eagle3_lab.drafters(labs["laptop"].checkpoint))
+    assert (shown["value"] == 0).all() and set(shown["temperature"]) == {0, 1}
+    assert dict(shown.groupby("tier")["num_prompts"].max()) == {"full": 2, "laptop": 1}
+    names = shown.groupby("tier")["method"].agg(set)
+    assert names["full"] == names["laptop"] > {"EAGLE-3", "EAGLE-3 chain", eagle3_lab.COUPLED}
 
 
 def test_a_single_stage_replaces_its_own_rows_of_tier_full_alone(tmp_path):

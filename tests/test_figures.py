@@ -156,6 +156,17 @@ def test_the_papers_value_is_a_hollow_marker_and_the_legend_names_its_model():
     assert "paper, Llama-3.1-8B" in labels and "paper, Vicuna-13B" in labels
 
 
+def test_a_method_of_one_temperature_leaves_no_gap_at_another_but_for_the_papers_values():
+    both = ROWS[(ROWS["method"] != "PLD") | (ROWS["temperature"] == 1)]
+    one, other = (figures.speedup_and_tau(part).axes[0].patches for part in (both, ROWS))
+    (lone,) = {round(patch.get_width(), 3) for patch in one}
+    assert lone > {round(patch.get_width(), 3) for patch in other}.pop() - 1e-9
+    assert [round(p.get_x() + lone / 2, 6) for p in one] == [0, 1, 2], "where the labels are"
+    theirs = REPORTED.assign(method="PLD")
+    places = hollow_marks(figures.speedup_and_tau(both, theirs))
+    assert sorted(y for _, y in places) == [4.4] * 4 + [6.1] * 4
+
+
 def test_hollow_markers_of_two_models_do_not_hide_each_other():
     places = hollow_marks(figures.speedup_and_tau(ROWS, REPORTED))
     assert len({x for x, y in places if y == 4.4}) == 4

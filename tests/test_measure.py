@@ -141,11 +141,28 @@ def test_second_baseline_counts_the_same_tokens(tiny_target_folder, tmp_path, ba
     assert target.model.config._attn_implementation == target_model.ATTENTION
 
 
+def test_a_method_is_run_untimed_once_in_a_process(tmp_path, tiny_target_folder, monkeypatch):
+    """Not for every prompt set; but again for another batch size, and where it samples."""
+    target, made = target_model.load(str(tiny_target_folder()), dtype="float32"), []
+    monkeypatch.setattr(measure, "decode", lambda *a, **k: made.append(a[3]) or decode(*a, **k))
+    cases = [("chat", 0.0, 1), ("maths", 0.0, 1), ("chat", 1.0, 1), ("maths", 0.0, 2)]
+    for name, temperature, batch in cases:
+        compare(
+            target, {}, QUESTIONS[:2], prompts=name, path=tmp_path / "records.jsonl",
+            temperature=temperature, max_new_tokens=20, batch=batch,
+        )  # fmt: skip
+    assert made == [16, 20, 20, 20, 20, 16, 20, 20, 16, 20]
+
+
 def test_methods_take_turns_prompt_by_prompt(target, tmp_path) -> None:
     run(target, tmp_path / "r.jsonl", repeats=2)
     found = [(r.prompt_id, r.repeat, r.method) for r in read_records(tmp_path / "r.jsonl")]
     methods = (AUTOREGRESSIVE, "perfect")
-    assert found == [(q, n, m) for q, _ in QUESTIONS for n in (0, 1) for m in methods]
+    turns = [(place, q, n) for place, (q, _) in enumerate(QUESTIONS) for n in (0, 1)]
+    # what a new prompt costs whoever comes first must not fall on one method alone
+    assert found == [
+        (q, n, m) for place, q, n in turns for m in methods[:: 1 - (place + n) % 2 * 2]
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import conftest
 import huggingface_hub
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -297,7 +298,9 @@ def test_half_precision_and_the_float32_audit_are_the_settings(one, tmp_path):
     assert run.dtype == one.dtype and run.reported_model == one.model
     stages = []
     run.target = SimpleNamespace(dtype=getattr(torch, run.dtype))
-    run.stage = lambda name, make: stages.append(name)
+    row = pd.DataFrame({"quantity": ["losslessness"]})
+    run.once = lambda name, make: stages.append(name) or row
+    run.environment = {}
     run.audit({})
     assert any("float32" in name for name in stages) == one.exact
     assert any(one.dtype in name for name in stages)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import pandas as pd
 import pytest
 
-from specrepro import experiment
+from specrepro import experiment, pages
 
-TEXT = experiment.README.read_text()
+TEXT = pages.README.read_text()
 
 
 @pytest.mark.slow
@@ -26,6 +28,33 @@ def test_every_file_that_the_map_names_exists_and_none_is_left_out():
     named = set(re.findall(r"^  (\w+\.py) ", house, re.MULTILINE))
     present = {path.name for path in (experiment.ROOT / "specrepro").glob("*.py")}
     assert named == present - {"__init__.py", "__main__.py"}
+
+
+def test_tables_and_pages_are_those_of_the_committed_rows():
+    remedy = "run: python -m specrepro readme"
+    assert pages.with_tables(TEXT) == TEXT, remedy
+    assert all(f"<!-- rows: {paper} -->" in TEXT for paper in experiment.PAPERS)
+    written = pages.pages()
+    assert written.keys() == experiment.PAPERS.keys(), "a paper without a verdict"
+    for paper, text in written.items():
+        assert pages.page(paper).read_text() == text, remedy
+
+
+def test_a_setting_without_a_mean_is_told_by_its_prompt_sets():
+    rows = [("EAGLE-3", 0, 1, "chat"), ("EAGLE-3", 0, 1, "mean"), ("EAGLE-3", 0, 8, "chat")]
+    found = pd.DataFrame(rows, columns=["method", "temperature", "batch", "prompts"])
+    assert pages.means(found)[["batch", "prompts"]].values.tolist() == [[1, "mean"], [8, "chat"]]
+
+
+def test_a_page_tells_every_claim_once_and_shows_every_figure():
+    text = pages.page_of("eagle3")
+    told = json.loads((pages.page("eagle3").parent / "verdict.json").read_text())["claims"]
+    for one in told:
+        name = f"`{one['id']}`" if one["verdict"] == "not tested" else f"| {one['statement']} |"
+        assert text.count(name) == 1, one["id"]
+    shown = re.findall(r"!\[[^]]+\]\((.+?)\)", text)
+    numbers = [int(name.split("_")[1]) for name in shown]
+    assert numbers == sorted(numbers) and len(shown) == len(set(shown)) > 5
 
 
 def test_every_link_and_picture_leads_somewhere():

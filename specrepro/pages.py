@@ -1,0 +1,199 @@
+"""What a reader sees without running anything: README's tables, and a page for each paper.
+
+Functions of the committed rows and verdicts. README has the means over prompt sets;
+figures/<paper>/README.md has every set, the claims one by one and the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from specrepro import checkpoints, claims, measure
+from specrepro.experiment import PAPERS, ROOT, reported_model
+
+README = ROOT / "README.md"
+NONE = "Not measured yet.\n"
+LEGEND = """\
+*Reproduced*: the paper's number, within a tolerance fixed beforehand. *Direction holds*: the
+ordering, trend or bound that is claimed, with the whole 95 % interval on its side. *Not
+reproduced*: the interval lies on the other side. *Inconclusive*: on both. *Proxy*: measured, but on
+a target or machine whose absolute numbers cannot be set against the paper's. For an ordering,
+`reported` and `measured` are differences; for a claim without a number of the paper's, `reported`
+is its bound. Intervals resample prompts: of two or three prompts they tell little but the range."""
+OF_SEVERAL_SETS = ("mean", "overall")
+_UNITS = (("speedup", "x"), ("tau", ""))
+
+
+def write() -> None:
+    """Redo README's tables and the page of every paper that has a verdict."""
+    checkpoints.write_text(README, with_tables(README.read_text()))
+    for paper, text in pages().items():
+        checkpoints.write_text(page(paper), text)
+
+
+def page(paper: str) -> Path:
+    """Where the page of a paper is; GitHub shows it below the folder's files."""
+    return ROOT / "figures" / paper / "README.md"
+
+
+def pages() -> dict[str, str]:
+    """The page of every paper that has a verdict."""
+    folders = {paper: page(paper).parent for paper in PAPERS}
+    return {p: page_of(p) for p, folder in folders.items() if (folder / "verdict.json").is_file()}
+
+
+def with_tables(text: str) -> str:
+    """A README text with what stands between `<!-- rows: <paper> -->` and `<!-- end -->` anew."""
+    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: found[1] + _in_short(found[2]) + found[3], text)
+
+
+def _in_short(paper: str) -> str:
+    decoded, told = _decoded(paper), page(paper).relative_to(ROOT)
+    if decoded.empty:
+        return NONE
+    verdicts = _verdicts(paper)
+    missed = "; ".join(one.statement for one in verdicts if one.verdict == "not reproduced")
+    lines = [f"Claims: {claims.summary(verdicts)}."]
+    lines += [f"Not reproduced: {missed}."] if missed else []
+    lines += [f"Every prompt set, claim and figure: [{told.parent}]({told})."]
+    return table_of(paper, means(decoded)) + "\n" + "\n".join(lines) + "\n"
+
+
+# --- a paper's page
+
+
+def page_of(paper: str) -> str:
+    """Claims one by one, speedup and tau per prompt set, figures; in Markdown."""
+    verdicts, decoded = _verdicts(paper), _decoded(paper)
+    parts = [
+        f"# {PAPERS[paper]}\n\nWhat `./reproduce.sh {paper}` measured at tier `{_tier(paper)}`; how"
+        " and why: [README](../../README.md). `python -m specrepro readme` wrote this page.",
+        f"## Claim by claim\n\n{claims.summary(verdicts)}\n\n{LEGEND}\n\n{_claims_table(verdicts)}",
+        f"## Speedup and tau\n\n{NONE if decoded.empty else table_of(paper, decoded)}",
+        f"## Figures\n\n{_figures(page(paper).parent)}",
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _told(paper: str) -> dict[str, Any]:
+    """What the paper's verdict.json says; nothing where there is none."""
+    path = page(paper).with_name("verdict.json")
+    return json.loads(path.read_text()) if path.is_file() else {"tier": "", "claims": []}
+
+
+def _tier(paper: str) -> str:
+    return _told(paper)["tier"]
+
+
+def _verdicts(paper: str) -> list[claims.Verdict]:
+    return [claims.Verdict(**one) for one in _told(paper)["claims"]]
+
+
+def _claims_table(verdicts: list[claims.Verdict]) -> str:
+    """Those that were tested, then the ids of those that were not, under each reason once."""
+    tested = [one for one in verdicts if one.verdict != "not tested"]
+    lines = [
+        f"- Not tested, {why}: {', '.join(f'`{one}`' for one in ids)}"
+        for why, ids in claims.untested(verdicts).items()
+    ]
+    return "\n".join([claims.as_markdown(tested), "", *lines])
+
+
+def _figures(folder: Path) -> str:
+    numbered = {int(path.stem.split("_")[1]): path for path in folder.glob("fig_*.png")}
+    captions = (
+        f"![{' '.join(path.stem.split('_')[2:])}]({path.name})"
+        for _, path in sorted(numbered.items())
+    )
+    return "\n\n".join(captions)
+
+
+# --- tables of decoding
+
+
+def _decoded(paper: str) -> pd.DataFrame:
+    """Rows of quantity "decode" at the batch sizes that the paper's tables have, and at 1.
+
+    Of the tier that the verdict is of.
+    """
+    path = page(paper).with_name("results.csv")
+    if not path.is_file():
+        return pd.DataFrame()
+    found = pd.read_csv(path, low_memory=False)
+    sizes = [1, *_batch_sizes(_reported(paper))]
+    decoded = found[(found["quantity"] == "decode") & found["batch"].isin(sizes)]
+    return decoded[
+        (decoded["method"] != measure.AUTOREGRESSIVE) & (decoded["tier"] == _tier(paper))
+    ]
+
+
+def means(decoded: pd.DataFrame) -> pd.DataFrame:
+    """The rows over several prompt sets, and all rows where there are none of these."""
+    is_mean = decoded["prompts"].isin(OF_SEVERAL_SETS)
+    setting = [decoded[key] for key in ("method", "temperature", "batch")]
+    return decoded[is_mean | ~is_mean.groupby(setting).transform("any")]
+
+
+def table_of(paper: str, decoded: pd.DataFrame) -> str:
+    """Speedup and tau with intervals, measured beside reported, in Markdown.
+
+    With a column of batch sizes where the paper's own tables have one.
+    """
+    reported = _reported(paper)
+    batches = ["batch"] if len(_batch_sizes(reported)) else []
+    keys = ["method", "temperature", *batches, "prompts"]
+    names = ["method", "T", *batches, "prompts", "n", "speedup [95 %]", "tau [95 %]"]
+    names += [f"reported ({reported_model(paper)})"]
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+    lines = [_table_line(row, keys, reported) for row in decoded.to_dict("records")]
+    return head + "".join(lines) + _provenance(decoded)
+
+
+def _reported(paper: str) -> pd.DataFrame:
+    """The authors' own cells of decoding, of the model that is set beside ours."""
+    reported = claims.reported(paper)
+    reported = reported[(reported["quantity"] == "decode") & (reported["by"] == "authors")]
+    return reported[reported["model"] == reported_model(paper)]
+
+
+def _batch_sizes(reported: pd.DataFrame) -> Sequence[float]:
+    return reported["batch"].dropna().unique() if "batch" in reported else []
+
+
+def _table_line(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFrame) -> str:
+    is_beside = pd.Series(True, index=reported.index)
+    for key in [*keys, *({"paradigm"} & row.keys() & set(reported))]:
+        is_beside &= reported[key] == row[key]
+    theirs = [_reported_cell(one) for one in reported[is_beside].to_dict("records")][:1]
+    ours = [_measured_cell(row, name, unit) for name, unit in _UNITS]
+    place = [f"{row[key]:g}" if key in ("temperature", "batch") else row[key] for key in keys]
+    cells = [*place, f"{row['num_prompts']:g}", *ours, *(theirs or ["-"])]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _reported_cell(cell: Mapping[str, object]) -> str:
+    """Speedup and tau, as far as the paper tells them."""
+    found = ["-" if pd.isna(cell.get(n)) else f"{cell[n]:.2f}{unit}" for n, unit in _UNITS]
+    return " / ".join(found).removesuffix(" / -")
+
+
+def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
+    """A number and its interval, which a lone prompt or batch has not."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{row[name]:.2f}{unit}{ends}"
+
+
+def _provenance(decoded: pd.DataFrame) -> str:
+    one = decoded.iloc[0]
+    return (
+        f"\nTier `{one['tier']}`, target {one['target']}, {one['dtype']} on {one['device']}"
+        f" ({one['threads']:g} threads), torch {one['torch']}, {str(one['when'])[:10]}.\n"
+    )
