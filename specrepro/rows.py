@@ -9,8 +9,8 @@ method over that of the baseline, `speedup_decode` the same with prefill out. Be
 prompt was repeated, its time is the median of the repeats.
 
 `*_low` and `*_high` are 95 % intervals from a paired bootstrap over prompts: one resample draws the
-same prompts for every method (whole batches where batch > 1, since a batch shares its time). One
-prompt has no interval. With few prompts such intervals are somewhat too narrow.
+same prompts for every method (whole batches where batch > 1, since a batch shares its time). They
+are widened as Student's t is for few of them; one prompt has none.
 
 A row of prompts "mean" averages a method's prompt sets, each resampled within itself; a method that
 lacks one of the sets has none. Functions return bare rows; `stamp` adds where they come from.
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
 from specrepro.measure import AUTOREGRESSIVE, Record, dtype_name, target_name
 from specrepro.target_model import Target
@@ -210,6 +211,7 @@ class _Measured:
     values: dict[str, float]
     draws: dict[str, np.ndarray]  # per metric, (resamples,)
     counts: dict[str, float]  # what adds up over prompt sets
+    num_units: int  # that were resampled
 
     @property
     def intervals(self) -> dict[str, float]:
@@ -236,8 +238,23 @@ def _resamples(num_units: int, seed: int) -> np.ndarray:
 
 
 def bootstrap(sums: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(resamples, C) totals of per-unit sums (units, C); one seed draws the same units."""
-    return _resamples(len(sums), seed) @ sums
+    """(resamples, C) totals of per-unit sums (units, C); one seed draws the same units.
+
+    Resampled totals of few units lie too close to the real ones. They are moved away from them by
+    the factor that a t interval is wider by: in the logarithm, so that ratios of totals move alike,
+    or as they are where a sum is negative.
+    """
+    totals, draws = sums.sum(0), _resamples(len(sums), seed) @ sums
+    factor = np.sqrt(len(sums) / max(1, len(sums) - 1)) * _t(len(sums) - 1) / _t(np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moved = totals * (draws / totals) ** factor
+    has_log = (sums >= 0).all(0) & (totals > 0)
+    return np.where(has_log, moved, totals + factor * (draws - totals))
+
+
+def _t(degrees_of_freedom: float) -> float:
+    """How many standard errors a 95 % interval reaches; missing without a degree of freedom."""
+    return float(stats.t.ppf(0.975, degrees_of_freedom))
 
 
 def _decode_rows(lines: pd.DataFrame, quantity: str = "decode") -> list[dict[str, Any]]:
@@ -268,7 +285,7 @@ def _measure(lines: pd.DataFrame, part: pd.DataFrame, method: str) -> _Measured:
     values = _ratios(own.sum(0), base.sum(0)) | _side_values(lines, method)
     draws = _ratios(bootstrap(own, seed), bootstrap(base, seed))
     named = part[SLICE].iloc[0].to_dict() | {"method": method}
-    return _Measured(named, values, draws, _counts(lines, part, method))
+    return _Measured(named, values, draws, _counts(lines, part, method), len(own))
 
 
 def _unit_sums(lines: pd.DataFrame, method: str) -> np.ndarray:
@@ -320,13 +337,22 @@ def _means(cases: list[_Measured]) -> list[_Measured]:
 
 
 def _mean(cases: list[_Measured]) -> _Measured:
-    """The mean of the sets' values; counts add up, and the load is the highest."""
+    """The mean of the sets' values; counts add up, and the load is the highest.
+
+    What is known of the spread within sets is known from all of them together.
+    """
     values = {name: np.mean([c.values[name] for c in cases]) for name in cases[0].values}
-    draws = {name: np.mean([c.draws[name] for c in cases], 0) for name in cases[0].draws}
+    pooled = _t(sum(c.num_units - 1 for c in cases))
+    parts = [(c, pooled / _t(c.num_units - 1)) for c in cases]
+    draws = {
+        name: np.mean([k * c.draws[name] + (1 - k) * c.values[name] for c, k in parts], 0)
+        for name in cases[0].draws
+    }
     counts = {name: sum(c.counts.get(name, 0) for c in cases) for name in cases[0].counts}
     if "load" in counts:
         counts["load"] = max(case.counts["load"] for case in cases)
-    return _Measured(cases[0].named | {"prompts": "mean"}, values, draws, counts)
+    num_units = sum(case.num_units for case in cases)
+    return _Measured(cases[0].named | {"prompts": "mean"}, values, draws, counts, num_units)
 
 
 def paired_differences(
@@ -360,7 +386,7 @@ def _difference(part: pd.DataFrame, method: str, versus: str) -> _Measured:
     values = {name: one.values[name] - other.values[name] for name in METRICS}
     draws = {name: one.draws[name] - other.draws[name] for name in METRICS}
     counts = {"num_prompts": one.counts["num_prompts"]}
-    return _Measured(one.named | {"versus": versus}, values, draws, counts)
+    return _Measured(one.named | {"versus": versus}, values, draws, counts, one.num_units)
 
 
 def _value_row(case: _Measured, metric: str) -> dict[str, Any]:

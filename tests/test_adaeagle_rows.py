@@ -202,7 +202,7 @@ def test_gains_are_those_of_all_prompts_together_on_what_every_method_decoded():
     ours = adaeagle_rows.gain(records, "AdaEAGLE", "EAGLE 2")
     assert ours["value"] == pytest.approx(6 / 5 - 1) and ours["num_prompts"] == 2
     assert ours["share"] == pytest.approx((6 / 5 - 1) / (6 / 4 - 1))
-    assert ours["value_low"] == 0 and ours["value_high"] == pytest.approx(4 / 3 - 1)
+    assert ours["value_low"] < 0 and ours["value_high"] > 4 / 3 - 1, "two prompts say little"
 
 
 def test_costs_read_off_table_2_give_its_times_of_a_round():

@@ -290,6 +290,32 @@ def test_bootstrap_interval_covers_the_true_speedup_about_95_times_in_100() -> N
     assert 52 <= num_covered <= 59, f"{num_covered} of 60 intervals cover the true value"
 
 
+@pytest.mark.parametrize("num_sets", [1, 5])
+def test_intervals_over_the_four_prompts_of_a_set_cover_as_often(num_sets) -> None:
+    name = "chat" if num_sets == 1 else "mean"
+    num_covered = 0
+    for seed in range(60):
+        sets = [
+            simulated(seed * num_sets + i, num_prompts=4, prompts="chat" if i == 0 else f"set {i}")
+            for i in range(num_sets)
+        ]
+        row = table([r for one in sets for r in one]).loc[("M", name)]
+        num_covered += row["speedup_low"] <= 2.0 <= row["speedup_high"]
+    assert 52 <= num_covered <= 59, f"{num_covered} of 60 intervals cover the true value"
+
+
+def test_two_prompts_say_next_to_nothing() -> None:
+    row = table(simulated(1, num_prompts=2)).loc[("M", "chat")]
+    assert row["speedup_low"] < 1.0 < 4.0 < row["speedup_high"]
+
+
+def test_widened_totals_keep_sums_that_are_none_or_negative() -> None:
+    sums = np.array([[1.0, 0.0, -1.0], [2.0, 0.0, 3.0], [4.0, 0.0, 1.0]])
+    draws = rows.bootstrap(sums)
+    assert np.isfinite(draws).all() and (draws[:, 0] > 0).all() and not draws[:, 1].any()
+    assert np.median(draws[:, 2]) == pytest.approx(3.0, abs=1.0) and draws[:, 2].min() < -3.0
+
+
 def test_pairing_keeps_differences_between_prompts_out_of_the_interval() -> None:
     row = table(simulated(0)).loc[("M", "chat")]
     paired, alone = (
