@@ -1,7 +1,8 @@
-"""What a reader sees without running anything: README's tables, and a page for each paper.
+"""What a reader sees without running anything: README's table, and a page for each paper.
 
-Functions of the committed rows and verdicts. README has the means over prompt sets;
-figures/<paper>/README.md has every set, the claims one by one and the figures.
+Functions of the committed rows and verdicts. README has one line a paper; figures/<paper>/README.md
+has what was found, in words of its own, and below a mark what is written here: means, the claims
+one by one, every prompt set and the figures.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ a target or machine whose absolute numbers cannot be set against the paper's. Fo
 `reported` and `measured` are differences; for a claim without a number of the paper's, `reported`
 is its bound. Intervals resample prompts and are widened as Student's t is for few of them: two or
 three prompts tell little."""
+MARK = "<!-- below: written by python -m specrepro readme -->"
+OWN = {  # the method that a paper is about
+    "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",
+    "adaeagle": "AdaEAGLE", "tts": "SAM[EAGLE-3]",
+}  # fmt: skip
 OF_SEVERAL_SETS = ("mean", "overall")
 _UNITS = (("speedup", "x"), ("tau", ""))
 
 
 def write() -> None:
-    """Redo README's tables and the page of every paper that has a verdict."""
-    checkpoints.write_text(README, with_tables(README.read_text()))
+    """Redo README's table and the page of every paper that has a verdict."""
+    checkpoints.write_text(README, with_table(README.read_text()))
     for paper, text in pages().items():
         checkpoints.write_text(page(paper), text)
 
@@ -49,36 +55,57 @@ def pages() -> dict[str, str]:
     return {p: page_of(p) for p, folder in folders.items() if (folder / "verdict.json").is_file()}
 
 
-def with_tables(text: str) -> str:
-    """A README text with what stands between `<!-- rows: <paper> -->` and `<!-- end -->` anew."""
-    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: found[1] + _in_short(found[2]) + found[3], text)
+# --- README's table
 
 
-def _in_short(paper: str) -> str:
-    decoded, told = _decoded(paper), page(paper).relative_to(ROOT)
+def with_table(text: str) -> str:
+    """A README text with what stands between `<!-- papers -->` and `<!-- end -->` anew."""
+    before, mark, rest = text.partition("<!-- papers -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError("README has no place for its table: <!-- papers --> and <!-- end -->")
+    return before + mark + _papers_table() + end + after
+
+
+def _papers_table() -> str:
+    names = ("paper", "speedup", "tau", "reported: speedup / tau", "claims")
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+    return head + "".join(map(_paper_line, PAPERS))
+
+
+def _paper_line(paper: str) -> str:
+    """A paper's own method at temperature 0 over several prompt sets, ours beside the paper's."""
+    name, about, arxiv = re.fullmatch(r"(.+?): (.+) \((\S+)\)", PAPERS[paper]).groups()
+    told = page(paper).relative_to(ROOT)
+    cells = [f"[{name}]({told}): {about} ([{arxiv}](https://arxiv.org/abs/{arxiv}))"]
+    decoded = means(_decoded(paper))
     if decoded.empty:
-        return NONE
-    verdicts = _verdicts(paper)
-    missed = "; ".join(one.statement for one in verdicts if one.verdict == "not reproduced")
-    lines = [f"Claims: {claims.summary(verdicts)}."]
-    lines += [f"Not reproduced: {missed}."] if missed else []
-    lines += [f"Every prompt set, claim and figure: [{told.parent}]({told})."]
-    return table_of(paper, means(decoded)) + "\n" + "\n".join(lines) + "\n"
+        return f"| {cells[0]} | {' | '.join(['-'] * 3)} | not measured yet |\n"
+    own = decoded[
+        (decoded["method"] == OWN[paper]) & (decoded["temperature"] == 0) & (decoded["batch"] == 1)
+    ].iloc[-1]  # the last is of all prompts together where the paper has such a row
+    cells += [_measured_cell(own, *one) for one in _UNITS]
+    beside = _beside(own, ["method", "temperature", "prompts"], _reported(paper))
+    cells.append(f"{beside} ({reported_model(paper)})" if beside else "-")
+    cells.append(claims.summary(_verdicts(paper)))
+    return f"| {' | '.join(cells)} |\n"
 
 
 # --- a paper's page
 
 
 def page_of(paper: str) -> str:
-    """Claims one by one, speedup and tau per prompt set, figures; in Markdown."""
-    verdicts, decoded = _verdicts(paper), _decoded(paper)
+    """What its page says by hand, then means, claims, prompt sets and figures; in Markdown."""
+    path, verdicts, decoded = page(paper), _verdicts(paper), _decoded(paper)
+    by_hand = path.read_text().partition(MARK)[0] if path.is_file() else f"# {PAPERS[paper]}"
+    tables = [table_of(paper, rows) for rows in (means(decoded), decoded)] if len(decoded) else []
     parts = [
-        f"# {PAPERS[paper]}\n\nWhat `./reproduce.sh {paper}` measured at tier `{_tier(paper)}`; how"
-        " and why: [README](../../README.md). `python -m specrepro readme` wrote this page.",
+        by_hand,
+        MARK,
+        f"## What `./reproduce.sh {paper}` measured\n\n{tables[0] if tables else NONE}",
         f"## Claim by claim\n\n{claims.summary(verdicts)}\n\n{LEGEND}\n\n{_claims_table(verdicts)}",
-        f"## Speedup and tau\n\n{NONE if decoded.empty else table_of(paper, decoded)}",
-        f"## Figures\n\n{_figures(page(paper).parent)}",
+        *(f"## Every prompt set\n\n{table}" for table in tables[1:]),
+        f"## Figures\n\n{_figures(path.parent)}",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -169,14 +196,20 @@ def _batch_sizes(reported: pd.DataFrame) -> Sequence[float]:
 
 
 def _table_line(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFrame) -> str:
-    is_beside = pd.Series(True, index=reported.index)
-    for key in [*keys, *({"paradigm"} & row.keys() & set(reported))]:
-        is_beside &= reported[key] == row[key]
-    theirs = [_reported_cell(one) for one in reported[is_beside].to_dict("records")][:1]
     ours = [_measured_cell(row, name, unit) for name, unit in _UNITS]
     place = [f"{row[key]:g}" if key in ("temperature", "batch") else row[key] for key in keys]
-    cells = [*place, f"{row['num_prompts']:g}", *ours, *(theirs or ["-"])]
+    theirs = _beside(row, keys, reported) or "-"
+    cells = [*place, f"{row['num_prompts']:g}", *ours, theirs]
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _beside(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFrame) -> str:
+    """What the paper tells of a row's setting; empty where it tells nothing."""
+    is_beside = pd.Series(True, index=reported.index)
+    for key in [*keys, *({"paradigm"} & set(row.keys()) & set(reported))]:
+        is_beside &= reported[key] == row[key]
+    theirs = reported[is_beside].to_dict("records")
+    return _reported_cell(theirs[0]) if theirs else ""
 
 
 def _reported_cell(cell: Mapping[str, object]) -> str:

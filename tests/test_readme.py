@@ -24,20 +24,50 @@ def test_the_example_decodes_faster_than_one_token_a_pass():
 
 
 def test_every_file_that_the_map_names_exists_and_none_is_left_out():
-    (house,) = re.findall(r"## The house\n\n```\n(.*?)```", TEXT, re.DOTALL)
+    (house,) = re.findall(r"## The house\n.*?```\n(.*?)```", TEXT, re.DOTALL)
     named = set(re.findall(r"^  (\w+\.py) ", house, re.MULTILINE))
     present = {path.name for path in (experiment.ROOT / "specrepro").glob("*.py")}
     assert named == present - {"__init__.py", "__main__.py"}
 
 
-def test_tables_and_pages_are_those_of_the_committed_rows():
+def test_table_and_pages_are_those_of_the_committed_rows():
     remedy = "run: python -m specrepro readme"
-    assert pages.with_tables(TEXT) == TEXT, remedy
-    assert all(f"<!-- rows: {paper} -->" in TEXT for paper in experiment.PAPERS)
+    assert pages.with_table(TEXT) == TEXT, remedy
     written = pages.pages()
     assert written.keys() == experiment.PAPERS.keys(), "a paper without a verdict"
     for paper, text in written.items():
         assert pages.page(paper).read_text() == text, remedy
+
+
+def test_a_page_keeps_what_was_written_by_hand_and_only_that(tmp_path, monkeypatch):
+    folder = experiment.ROOT / "figures" / "gto"
+    for name in ("results.csv", "verdict.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setattr(pages, "page", lambda _: tmp_path / "README.md")
+    fresh = pages.page_of("gto")
+    assert fresh.startswith(f"# {experiment.PAPERS['gto']}\n")
+    (tmp_path / "README.md").write_text(f"# Found\n\nNothing.\n\n{pages.MARK}\n\nold numbers\n")
+    again = pages.page_of("gto")
+    assert again.startswith(f"# Found\n\nNothing.\n\n{pages.MARK}\n\n## What")
+    assert (
+        "old numbers" not in again
+        and again.partition(pages.MARK)[2] == fresh.partition(pages.MARK)[2]
+    )
+
+
+def test_the_table_holds_each_papers_own_method_beside_what_is_reported():
+    lines = [line for line in TEXT.splitlines() if line.startswith("| [")]
+    assert len(lines) == len(experiment.PAPERS)
+    found = pd.read_csv(pages.page("eagle3").with_name("results.csv"), low_memory=False)
+    found = found[(found["method"] == "EAGLE-3") & (found["prompts"] == "mean")]
+    row = found[(found["tier"] == "laptop") & (found["temperature"] == 0)].iloc[0]
+    assert f"| {row['speedup']:.2f}x [" in lines[0] and f"| {row['tau']:.2f} [" in lines[0]
+    assert "4.44x / 6.23 (Llama-3.1-8B)" in lines[0], "mean of Table 1"
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused():
+    with pytest.raises(ValueError, match="no place for its table"):
+        pages.with_table("# A text\n<!-- papers -->\n")
 
 
 def test_a_setting_without_a_mean_is_told_by_its_prompt_sets():
@@ -57,8 +87,11 @@ def test_a_page_tells_every_claim_once_and_shows_every_figure():
     assert numbers == sorted(numbers) and len(shown) == len(set(shown)) > 5
 
 
-def test_every_link_and_picture_leads_somewhere():
-    targets = re.findall(r"\]\(([^)]+)\)", TEXT)
+@pytest.mark.parametrize(
+    "path", [pages.README, *map(pages.page, experiment.PAPERS)], ids=lambda path: path.parent.name
+)
+def test_every_link_and_picture_leads_somewhere(path):
+    targets = re.findall(r"\]\(([^)]+)\)", path.read_text())
     local = [target for target in targets if not target.startswith("http")]
-    missing = [target for target in local if not (experiment.ROOT / target).exists()]
-    assert local and not missing, f"the README points at {missing}"
+    missing = [target for target in local if not (path.parent / target).exists()]
+    assert local and not missing, f"{path} points at {missing}"
