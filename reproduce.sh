@@ -87,7 +87,7 @@ case $1 in
   test)
     if [ $# = 1 ]; then # all of them: files side by side, each on one thread; chosen ones go as pytest is told
       export OMP_NUM_THREADS=1
-      set -- test --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+      set -- test --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
     fi
     exec "$python" -m pytest "${@:2}"
     ;;

@@ -26,8 +26,8 @@ ordering, trend or bound that is claimed, with the whole 95 % interval on its si
 reproduced*: the interval lies on the other side. *Inconclusive*: on both. *Proxy*: measured, but on
 a target or machine whose absolute numbers cannot be set against the paper's. For an ordering,
 `reported` and `measured` are differences; for a claim without a number of the paper's, `reported`
-is its bound. Intervals resample prompts and are widened as Student's t is for few of them: two or
-three prompts tell little."""
+is its bound. Intervals resample prompts and are widened as Student's t is for few of them; one or
+two have none."""
 MARK = "<!-- below: written by python -m specrepro readme -->"
 OWN = {  # the method that a paper is about
     "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",

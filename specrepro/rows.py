@@ -10,7 +10,7 @@ prompt was repeated, its time is the median of the repeats.
 
 `*_low` and `*_high` are 95 % intervals from a paired bootstrap over prompts: one resample draws the
 same prompts for every method (whole batches where batch > 1, since a batch shares its time). They
-are widened as Student's t is for few of them; one prompt has none.
+are widened as Student's t is for few of them; one or two prompts have none.
 
 A row of prompts "mean" averages a method's prompt sets, each resampled within itself; a method that
 lacks one of the sets has none. Functions return bare rows; `stamp` adds where they come from.
@@ -41,6 +41,7 @@ from specrepro.target_model import Target
 
 MEASURED_NOW = "measured here now"
 NUM_RESAMPLES = 10_000
+FEWEST_UNITS = 3  # that have an interval; of two it would reach from nothing to nine times as much
 COLUMNS = [
     "paper", "quantity", "method", "prompts", "temperature", "batch", "dtype", "tier", "seed",
     "num_prompts", "new_tokens", "seconds", "target_passes", "tau", "tokens_per_second", "speedup",
@@ -216,9 +217,13 @@ class _Measured:
     @property
     def intervals(self) -> dict[str, float]:
         named = {}
-        for metric, draws in self.draws.items():
-            named[f"{metric}_low"], named[f"{metric}_high"] = interval(draws)
+        for metric in self.draws:
+            named[f"{metric}_low"], named[f"{metric}_high"] = self.interval(metric)
         return named
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        is_known = self.num_units >= FEWEST_UNITS
+        return interval(self.draws[metric]) if is_known else (np.nan, np.nan)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -229,23 +234,24 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 @lru_cache(maxsize=16)
 def _resamples(num_units: int, seed: int) -> np.ndarray:
-    """(resamples, units) how often each unit is drawn; missing for a lone unit."""
-    if num_units < 2:
-        return np.full((NUM_RESAMPLES, num_units), np.nan)
+    """(resamples, units) how often each unit is drawn."""
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(num_units, np.full(num_units, 1 / num_units), NUM_RESAMPLES)
     return counts.astype(float)
 
 
-def bootstrap(sums: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(resamples, C) totals of per-unit sums (units, C); one seed draws the same units.
+def bootstrap(sums: np.ndarray, seed: int = 0, fewest: int = FEWEST_UNITS) -> np.ndarray:
+    """(resamples, C) totals of per-unit sums (units, C), missing below the `fewest` units.
 
-    Resampled totals of few units lie too close to the real ones. They are moved away from them by
-    the factor that a t interval is wider by: in the logarithm, so that ratios of totals move alike,
-    or as they are where a sum is negative.
+    One seed draws the same units. Resampled totals of few units lie too close to the real ones, so
+    they are moved away by the factor that a t interval is wider by: in the logarithm, which moves
+    ratios of totals alike, or as they are where a sum is negative.
     """
-    totals, draws = sums.sum(0), _resamples(len(sums), seed) @ sums
-    factor = np.sqrt(len(sums) / max(1, len(sums) - 1)) * _t(len(sums) - 1) / _t(np.inf)
+    n = len(sums)
+    if n < fewest:
+        return np.full((NUM_RESAMPLES, *sums.shape[1:]), np.nan)
+    totals, draws = sums.sum(0), _resamples(n, seed) @ sums
+    factor = np.sqrt(n / (n - 1)) * _t(n - 1) / _t(np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         moved = totals * (draws / totals) ** factor
     has_log = (sums >= 0).all(0) & (totals > 0)
@@ -283,7 +289,7 @@ def _measure(lines: pd.DataFrame, part: pd.DataFrame, method: str) -> _Measured:
         base = np.full_like(own, np.nan)
     seed = zlib.crc32(str(part["prompts"].iloc[0]).encode())
     values = _ratios(own.sum(0), base.sum(0)) | _side_values(lines, method)
-    draws = _ratios(bootstrap(own, seed), bootstrap(base, seed))
+    draws = _ratios(*(bootstrap(sums, seed, fewest=2) for sums in (own, base)))
     named = part[SLICE].iloc[0].to_dict() | {"method": method}
     return _Measured(named, values, draws, _counts(lines, part, method), len(own))
 
@@ -390,7 +396,7 @@ def _difference(part: pd.DataFrame, method: str, versus: str) -> _Measured:
 
 
 def _value_row(case: _Measured, metric: str) -> dict[str, Any]:
-    low, high = interval(case.draws[metric])
+    low, high = case.interval(metric)
     return {"value": case.values[metric], "value_low": low, "value_high": high} | case.counts
 
 

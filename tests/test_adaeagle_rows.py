@@ -192,17 +192,19 @@ def timed(method: str, prompt_id: str, seconds: float) -> Record:
 
 
 def test_gains_are_those_of_all_prompts_together_on_what_every_method_decoded():
-    """EAGLE 2 alone has a third prompt; by hand, of 24 tokens each."""
-    spent = {"EAGLE 2": (2.0, 4.0, 50.0), "AdaEAGLE": (2.0, 3.0), "Oracle": (1.0, 3.0)}
+    """EAGLE 2 alone has a fourth prompt; by hand, of 36 tokens each."""
+    spent = {
+        "EAGLE 2": (2.0, 4.0, 3.0, 50.0), "AdaEAGLE": (2.0, 3.0, 2.5), "Oracle": (1.0, 3.0, 2.0),
+    }  # fmt: skip
     records = [
         timed(method, prompt_id, seconds)
         for method, each in spent.items()
-        for prompt_id, seconds in zip("abc", each, strict=False)
+        for prompt_id, seconds in zip("abcd", each, strict=False)
     ]
     ours = adaeagle_rows.gain(records, "AdaEAGLE", "EAGLE 2")
-    assert ours["value"] == pytest.approx(6 / 5 - 1) and ours["num_prompts"] == 2
-    assert ours["share"] == pytest.approx((6 / 5 - 1) / (6 / 4 - 1))
-    assert ours["value_low"] < 0 and ours["value_high"] > 4 / 3 - 1, "two prompts say little"
+    assert ours["value"] == pytest.approx(9 / 7.5 - 1) and ours["num_prompts"] == 3
+    assert ours["share"] == pytest.approx((9 / 7.5 - 1) / (9 / 6 - 1))
+    assert ours["value_low"] < 0 and ours["value_high"] > 4 / 3 - 1, "three prompts say little"
 
 
 def test_costs_read_off_table_2_give_its_times_of_a_round():

@@ -254,7 +254,7 @@ def test_a_gain_is_the_ratio_of_rates_less_one():
     records += [record("b", f"{i}", 1.5 * (1.0 + i)) for i in range(3)]
     records += [record("b", "alone", 1.0), record("c", "0", 9.0)]
     (row,) = cast_rows.gains(records, "a", "b").to_dict("records")
-    assert row["value"] == row["value_low"] == row["value_high"] == pytest.approx(0.5)
+    assert [row[name] for name in ("value", "value_low", "value_high")] == pytest.approx([0.5] * 3)
     assert row["num_prompts"] == 3, "a prompt that one of them lacks counts for neither"
 
 

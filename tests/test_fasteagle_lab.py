@@ -66,15 +66,19 @@ def record(method: str, prompt_id: str, emitted: int, passes: int, seconds: floa
 
 
 def test_tau_and_latency_are_compared_on_prompts_that_both_finished():
-    ours = [record("FastEagle", "a", 20, 10, 1.0), record("FastEagle", "b", 40, 10, 2.0)]
-    theirs = [record("EAGLE-3", "a", 20, 5, 2.0), record("EAGLE-3", "b", 40, 10, 4.0)]
-    lone = [record("FastEagle", "c", 40, 1, 0.001)]
+    ours = [record("FastEagle", name, *rest) for name, *rest in (
+        ("a", 20, 10, 1.0), ("b", 40, 10, 2.0), ("c", 30, 10, 1.5)
+    )]  # fmt: skip
+    theirs = [record("EAGLE-3", name, *rest) for name, *rest in (
+        ("a", 20, 5, 2.0), ("b", 40, 10, 4.0), ("c", 30, 10, 3.0)
+    )]  # fmt: skip
+    lone = [record("FastEagle", "d", 40, 1, 0.001)]
     found = fasteagle_rows.against([*ours, *theirs, *lone], "FastEagle", "EAGLE-3")
     values = found.set_index("quantity")["value"]
-    assert values["tau_ratio"] == pytest.approx((60 / 20) / (60 / 15))
+    assert values["tau_ratio"] == pytest.approx((90 / 30) / (90 / 25))
     assert values["latency_saved"] == pytest.approx(0.5)
     row = found.iloc[0]
-    assert row["value_low"] < row["value"] < row["value_high"] and row["num_prompts"] == 2
+    assert row["value_low"] < row["value"] < row["value_high"] and row["num_prompts"] == 3
 
 
 def test_drafting_is_compared_level_by_level_and_by_slope():

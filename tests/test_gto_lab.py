@@ -219,12 +219,12 @@ def record(method: str, prompt: str, tokens: int, passes: int) -> Record:
 def test_seeds_are_pooled_prompt_by_prompt():
     """tau is 3 and 2 by the seeds of one arm, 2 by the first head: 12 / 5 - 2 over both."""
     records = []
-    for prompt in ("a", "b"):
+    for prompt in ("a", "b", "c"):
         records += [record("Autoregressive", prompt, 6, 6), record("first", prompt, 6, 3)]
         records += [record("one", prompt, 6, 2), record("two", prompt, 6, 3)]
     arms = {"one": ARMS["gto_0"], "two": ARMS["gto_1"]}
     pooled = pool_seeds(records, arms, "first")
-    assert {one.prompts for one in pooled} == {"all"} and len({one.unit for one in pooled}) == 2
+    assert {one.prompts for one in pooled} == {"all"} and len({one.unit for one in pooled}) == 3
     found = paired_differences(pooled, [("GTO", "EAGLE-3")], ["tau"])
     assert found["value"].tolist() == [pytest.approx(12 / 5 - 2)]
     assert found["value_low"].tolist() == found["value_high"].tolist(), "prompts are alike"

@@ -304,9 +304,14 @@ def test_intervals_over_the_four_prompts_of_a_set_cover_as_often(num_sets) -> No
     assert 52 <= num_covered <= 59, f"{num_covered} of 60 intervals cover the true value"
 
 
-def test_two_prompts_say_next_to_nothing() -> None:
-    row = table(simulated(1, num_prompts=2)).loc[("M", "chat")]
-    assert row["speedup_low"] < 1.0 < 4.0 < row["speedup_high"]
+def test_two_prompts_have_no_interval_but_several_sets_of_two_have() -> None:
+    sets = [simulated(i, num_prompts=2, prompts=name) for i, name in enumerate(("chat", "maths"))]
+    found = table([r for one in sets for r in one])
+    assert found.loc[("M", "chat"), ["speedup_low", "speedup_high"]].isna().all()
+    assert found.loc[("M", "mean"), ["speedup_low", "speedup_high"]].notna().all()
+    differences = rows.paired_differences(sets[0], [("M", AUTOREGRESSIVE)])
+    assert differences["value"].notna().all() and differences["value_low"].isna().all()
+    assert np.isnan(rows.bootstrap(np.ones((2, 1)))).all()
 
 
 def test_widened_totals_keep_sums_that_are_none_or_negative() -> None:
@@ -358,7 +363,8 @@ def test_paired_difference_is_tighter_than_two_intervals_apart() -> None:
 
 
 def test_acceptance_at_a_depth_is_given_that_those_above_were_accepted() -> None:
-    records = [record("M", "q0", [0, 1, 2, 3], 1.0), record("M", "q1", [3, 3, 0, 1], 1.0)]
+    rounds = [0, 3, 2], [1, 3], [3, 0, 1]
+    records = [record("M", f"q{i}", accepted, 1.0) for i, accepted in enumerate(rounds)]
     found = rows.acceptance_by_depth(records).set_index("depth")
     assert found["num_rounds"].to_dict() == {1: 8, 2: 6, 3: 4}
     assert found["value"].to_dict() == {1: 6 / 8, 2: 4 / 6, 3: 3 / 4}

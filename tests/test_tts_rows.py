@@ -149,7 +149,7 @@ def test_questions_are_resampled_and_not_their_turns() -> None:
     one = [baseline("a", 11, 1.0), record("SAM", "a", [4, 4]), baseline("a", 4, 1.0, 2)]
     one += [record("SAM", "a", [0, 0, 0], turn=2)]
     assert np.isnan(decoded(one).loc["SAM", "logic"]["tau_low"])
-    alike = [replace_session(r, name) for name in "ab" for r in one]
+    alike = [replace_session(r, name) for name in "abc" for r in one]
     row = decoded(alike).loc["SAM", "logic"]
     assert row["tau_low"] == row["tau_high"] == row["tau"]
 
@@ -233,7 +233,7 @@ def test_a_replay_changes_in_tau_and_says_nothing_of_speed() -> None:
 def test_the_hybrid_is_held_against_the_faster_of_its_parts() -> None:
     records = []
     for prompts, parts in {"logic": (2.0, 4.0), "algebra": (4.0, 2.5)}.items():
-        for n in (1, 2):
+        for n in (1, 2, 3):
             here = {"prompts": prompts}
             records += [baseline(f"{prompts}{n}", 9, 8.0 * n, **here)]
             records += [record("hybrid", f"{prompts}{n}", [7], 2.0 * n, **here)]
@@ -248,7 +248,7 @@ def test_the_hybrid_is_held_against_the_faster_of_its_parts() -> None:
     assert values["mean"] == pytest.approx(4 / 3 - 1)
     assert values["overall"] == pytest.approx(4 / (2 * 24 / 18) - 1)
     assert found.set_index("prompts")["num_prompts"].to_dict() == {
-        "logic": 2, "algebra": 2, "mean": 4, "overall": 4,
+        "logic": 3, "algebra": 3, "mean": 6, "overall": 6,
     }  # fmt: skip
     alike = found[found["prompts"] != "overall"]
     assert (alike["value_high"] - alike["value_low"]).abs().max() < 1e-9, "as are the questions"
@@ -293,7 +293,11 @@ def test_sources_share_the_rounds_and_each_has_its_own_tau() -> None:
         "SAM[EAGLE-3]", "a", [4, 0, 2], drafted=[5, 5, 2], sources=["own", "head", "own"]
     )
     second = record("SAM[EAGLE-3]", "b", [1], drafted=[5], sources=["head"])
-    table = tts_rows.source_rows([first, second, *RECORDS]).set_index("drafted_from")
+    both = record(
+        "SAM[EAGLE-3]", "c", [4, 0, 2, 1], drafted=[5, 5, 2, 5],
+        sources=["own", "head", "own", "head"],
+    )  # fmt: skip
+    table = tts_rows.source_rows([first, second, both, *RECORDS]).set_index("drafted_from")
     assert table["share"].to_dict() == {"own": 0.5, "head": 0.5}
     assert table["tau"].to_dict() == {"own": 4.0, "head": 1.5}
     assert table["draft_acceptance_rate"].to_dict() == {"own": 6 / 7, "head": 1 / 10}
