@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,12 +170,17 @@ class Lab:
             raise ValueError(f"unknown stage {stage!r}; choose one of {', '.join(self.stages)}")
         is_measured = stage in self.plan.measures
         is_recalled = self.run.tier_name == "laptop" or not is_measured
-        if is_recalled and self.run.recall(stage):
+        if is_recalled and self.run.recall(stage, self._digest):
             return True
         found = getattr(self, stage)() if is_measured else _none()
         if len(found):
-            self.run.keep(found.assign(stage=stage))
+            self.run.keep(found.assign(stage=stage, checkpoint=self._digest))
         return len(found) > 0
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the head, as rows name it."""
+        return checkpoints.digest(self.checkpoint)[:12]
 
     def remedy(self, stage: str) -> str:
         """How rows of a stage are made."""
@@ -329,7 +334,7 @@ class Lab:
                 self.take(stage)
             return self.run.of("losslessness", "near_tie")
         for stage in AUDITS:
-            self.run.recall(stage)
+            self.run.recall(stage, self._digest)
         return self.run.audit(loaders, controls(self.checkpoint))
 
     # --- drafters

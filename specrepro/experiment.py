@@ -253,10 +253,11 @@ class Run:
             checkpoints.write_text(path, made.to_csv(index=False))
         return pd.read_csv(path)
 
-    def recall(self, stage: str) -> bool:
+    def recall(self, stage: str, checkpoint: str) -> bool:
         """Add the rows of a stage that the `full` tier left in the repository, marked as such.
 
-        They are told by the column `stage`; False where there are none of this target.
+        They are told by the column `stage`; False where there are none of this target and, as far
+        as they say, of the `checkpoint` with this digest.
         """
         path = ROOT / "figures" / self.paper / "results.csv"
         found = pd.read_csv(path) if path.is_file() else pd.DataFrame()
@@ -264,6 +265,8 @@ class Run:
             return False
         found = found[(found["stage"] == stage) & (found["tier"] == "full")]
         found = found[found["target"] == measure.target_name(self.target)]
+        if "checkpoint" in found:
+            found = found[found["checkpoint"].isna() | (found["checkpoint"] == checkpoint)]
         self._tables.append(found.assign(source=COMMITTED))
         return len(found) > 0
 

@@ -323,8 +323,12 @@ def test_laptop_draws_the_rows_that_full_left_and_marks_them(
     assert set(recalled["source"]) == {experiment.COMMITTED}
     assert len(recalled) == len(lab.run.of("ablation"))
     assert len(found.run.rows) == (rows["stage"] == "ablation").sum(), "differences among them"
-    pd.read_csv(path).assign(target="another").to_csv(path, index=False)
-    assert not found.run.recall("ablation"), "rows of another target are not drawn"
+    written = pd.read_csv(path)
+    for column, why in (("checkpoint", "another head"), ("target", "another target")):
+        written.assign(**{column: "another"}).to_csv(path, index=False)
+        assert not found.take("ablation"), f"rows of {why} are not drawn"
+    written.drop(columns="checkpoint").to_csv(path, index=False)
+    assert found.take("ablation"), "older rows do not say whose they are"
 
 
 def test_the_long_audit_is_shown_at_other_tiers_beside_their_own(workshop, tmp_path, monkeypatch):
