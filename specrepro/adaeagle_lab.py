@@ -359,6 +359,7 @@ def predictor_rows(lab: Lab, pooled: pd.DataFrame) -> pd.DataFrame:
     found = dict(zip(names, np.quantile(spent, (0.1, 0.5, 0.9)).tolist(), strict=True))
     round_ms = 1e3 * own["seconds"] / own["target_passes"]
     common = {"method": OURS, "prompts": ALL, "temperature": 0.0, "batch": 1, "repeats": REPEATS}
+    common["ends"] = f"10 to 90 % of {REPEATS} repeats"
     share = {name: value / round_ms for name, value in found.items()}
     return pd.DataFrame(
         [

@@ -24,7 +24,7 @@ import math
 import os
 import textwrap
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ VERDICTS = (
     "not tested",
 )
 MEASURED_NOW = "measured here now"
-SPEED_METRICS = ("speedup", "tokens_per_second")
 CLAIMS_FOLDER = Path(__file__).resolve().parents[1] / "claims"
 
 _FILE_KEYS = {"paper", "title", "arxiv", "models", "reported", "claims"}
@@ -116,6 +115,14 @@ class _Reading:
     @property
     def has_interval(self) -> bool:
         return not (math.isnan(self.low) or math.isnan(self.high))
+
+    @property
+    def ends(self) -> str:
+        """What lies between low and high, in words: a row may say that it is something else."""
+        if self.row["quantity"] == "losslessness":
+            return "the count"
+        told = self.row.get("ends")
+        return "the 95 % interval" if told is None or pd.isna(told) else f"the range ({told})"
 
 
 class _Untested(Exception):
@@ -276,7 +283,7 @@ def judge(claims: list[Claim], rows: pd.DataFrame, tier: str) -> list[Verdict]:
     verdicts = [_judge_one(claim, rows, tier) for claim in claims]
     if not _a_losslessness_check_failed(rows):
         return verdicts
-    return [_without_speed(*pair) for pair in zip(claims, verdicts, strict=True)]
+    return [_void(*pair) for pair in zip(claims, verdicts, strict=True)]
 
 
 def _with_every_column(rows: pd.DataFrame, tier: str) -> pd.DataFrame:
@@ -294,12 +301,12 @@ def _a_losslessness_check_failed(rows: pd.DataFrame) -> bool:
     return bool((checks["value"].astype(float) > 0).any())
 
 
-def _without_speed(claim: Claim, verdict: Verdict) -> Verdict:
-    if claim.metric not in SPEED_METRICS or verdict.verdict == "not tested":
+def _void(claim: Claim, verdict: Verdict) -> Verdict:
+    """Nothing counts of methods that are not lossless, but that they are not."""
+    is_about_it = claim.setting.get("quantity") in ("losslessness", "near_tie")
+    if is_about_it or verdict.verdict == "not tested":
         return verdict
-    return Verdict(
-        **asdict(verdict) | {"verdict": "inconclusive", "why": "a losslessness check failed"}
-    )
+    return replace(verdict, verdict="inconclusive", why="a losslessness check failed")
 
 
 def _judge_one(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
@@ -311,8 +318,8 @@ def _judge_one(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
             return _JUDGES[claim.kind](claim, rows[rows["source"] == source], tier)
         except _Untested as reason:
             reasons.append(str(reason))
-    ambiguous = [reason for reason in reasons if "rows match" in reason]
-    why = ambiguous[0] if ambiguous else claim.untested_why or _no_row(claim.setting)
+    telling = [one for one in reasons if "rows match" in one or one.startswith("no row for")]
+    why = telling[0] if telling else claim.untested_why or _no_row(claim.setting)
     return _verdict(claim, None, "not tested", why)
 
 
@@ -339,13 +346,15 @@ def _reading_of_cell(claim: Claim, rows: pd.DataFrame, cell: Any) -> _Reading | 
 
 
 def _compare(reading: _Reading, reported_value: float, claim: Claim) -> str:
-    """One number: does the interval meet the band of `tolerance` around the reported value?"""
+    """One number: is the interval within the band of `tolerance` around the reported value?"""
     lowest, highest = (reported_value * (1 + sign * claim.tolerance) for sign in (-1, 1))
-    if not reading.has_interval or (reading.low < lowest and reading.high > highest):
+    if not reading.has_interval:
         return "inconclusive"
     if reading.low > highest:
         return "better"
-    return "not reproduced" if reading.high < lowest else "reproduced"
+    if reading.high < lowest:
+        return "not reproduced"
+    return "reproduced" if lowest <= reading.low and reading.high <= highest else "inconclusive"
 
 
 def _combine(
@@ -367,8 +376,8 @@ def _combine(
     ]
     reasons = {
         "not reproduced": "the interval lies below the tolerance band: ",
-        "inconclusive": "no interval, or one wider than the tolerance band: ",
-        "reproduced": "the interval meets the tolerance band: ",
+        "inconclusive": "no interval, or one that leaves the tolerance band: ",
+        "reproduced": "the interval lies within the tolerance band: ",
         "better": "the interval lies above the tolerance band: ",
     }
     return worst, reasons[worst] + ", ".join(text.strip() for text in behind)
@@ -413,7 +422,10 @@ def _difference(here: _Reading, there: _Reading) -> _Reading:
 
 
 def _judge_threshold(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
-    """Every matching row against the bound; the row nearest to failing speaks for all."""
+    """Every matching row against the bound; the row nearest to failing speaks for all.
+
+    Of methods, temperatures or batch sizes that are listed each must have a row, or one must fail.
+    """
     readings = _read_all(claim, rows, claim.setting)
     distance = {
         "above": lambda reading: reading.measured - claim.bound,
@@ -422,9 +434,20 @@ def _judge_threshold(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
     }[claim.direction]
     sides = [_side(reading, claim.direction, claim.bound) for reading in readings]
     worst = min(zip(sides, readings, strict=True), key=lambda pair: (pair[0], distance(pair[1])))[1]
+    absent = _absent(claim.setting, readings)
+    if absent and min(sides) > -1:
+        raise _Untested(f"no row for {', '.join(absent)}")
     prompts = f" ({worst.row['prompts']})" if pd.notna(worst.row.get("prompts")) else ""
     named = f"worst of {len(readings)} rows{prompts}: " if len(readings) > 1 else ""
     return _directional(claim, worst, claim.direction, claim.bound, tier, named)
+
+
+def _absent(setting: dict[str, Any], readings: list[_Reading]) -> list[str]:
+    """What a setting lists and no row has; prompt sets differ from tier to tier."""
+    lists = {name: value for name, value in setting.items() if isinstance(value, list)}
+    lists.pop("prompts", None)
+    found = {name: {one.row[name] for one in readings} for name in lists}
+    return [f"{name} {v}" for name, values in lists.items() for v in values if v not in found[name]]
 
 
 def _judge_trend(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
@@ -482,7 +505,7 @@ def _from_side(claim: Claim, reading: _Reading, side: int, tier: str, named: str
         return _verdict(claim, reading, "inconclusive", f"{named}the row carries no 95 % interval")
     verdict = {1: "direction holds", 0: "inconclusive", -1: "not reproduced"}[side]
     where = {1: "on the claimed side", 0: "on both sides", -1: "on the other side"}[side]
-    return _verdict(claim, reading, verdict, f"{named}the 95 % interval lies {where}")
+    return _verdict(claim, reading, verdict, f"{named}{reading.ends} lies {where}")
 
 
 def _why_only_a_proxy(claim: Claim, reading: _Reading, tier: str) -> str:
@@ -678,7 +701,7 @@ def as_markdown(verdicts: list[Verdict]) -> str:
 
 
 def _interval(verdict: Verdict) -> str:
-    if verdict.measured is None or verdict.low is None or verdict.high is None:
+    if None in (verdict.measured, verdict.low, verdict.high) or verdict.low == verdict.high:
         return _number(verdict.measured)
     return f"{_number(verdict.measured)} [{_number(verdict.low)}, {_number(verdict.high)}]"
 

@@ -102,6 +102,7 @@ def drafting_cost(
             low, median, high = np.quantile(found, (0.1, 0.5, 0.9)).tolist()
             row = {"quantity": "drafting_cost", "method": method, "text": kind, "prefix": context}
             row |= {"value": median, "value_low": low, "value_high": high, "repeats": len(found)}
+            row["ends"] = f"10 to 90 % of {len(found)} repeats"
             rows.append(row | {"limit": LIMITS.get(method)})
     return pd.DataFrame(rows)
 

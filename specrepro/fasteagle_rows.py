@@ -107,6 +107,7 @@ def drafting_ratios(found: pd.DataFrame, method: str, versus: str) -> pd.DataFra
             "value": ours.loc[n, "value"] / theirs.loc[n, "value"],
             "value_low": ours.loc[n, "value_low"] / theirs.loc[n, "value_high"],
             "value_high": ours.loc[n, "value_high"] / theirs.loc[n, "value_low"],
+            "ends": "10 % of one's repeats over 90 % of the other's, and the other way round",
         }
         for n in levels
         if n > 1
@@ -132,6 +133,7 @@ def rounds_of_both(
         "value": ours["value"] / theirs["value"],
         "value_low": ours["value_low"] / theirs["value_high"],
         "value_high": ours["value_high"] / theirs["value_low"],
+        "ends": "of one interval over those of the other",
     }  # fmt: skip
     return parts.assign(quantity="compiled_round"), pd.DataFrame([ratio])
 
@@ -146,7 +148,8 @@ def _slope_ratio(levels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> di
     everything = np.arange(len(levels))
     without_one = [ratio(np.delete(everything, place)) for place in everything]
     row = {"quantity": "level_cost_ratio", "value": ratio(everything)}
-    return row | {"value_low": min(without_one), "value_high": max(without_one)}
+    ends = {"value_low": min(without_one), "value_high": max(without_one)}
+    return row | ends | {"ends": "leaving out one level each"}
 
 
 def cache_bytes_per_token(config: LayerConfig, dtype: torch.dtype) -> int:

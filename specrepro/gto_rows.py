@@ -22,7 +22,7 @@ from specrepro.gto import GroupTreeLoss, is_clipped
 from specrepro.target_model import Scores, Target
 from specrepro.tree_verify import Verdict
 
-PATH_COUNTS = ["rounds", "pruned", "on_greedy_path", "greedy_tokens", "tokens"]
+PATH_COUNTS = ["rounds", "pruned", "accepting", "on_greedy_path", "greedy_tokens", "tokens"]
 Question = tuple[str, Sequence[int]]  # a prompt's id and its token ids
 
 
@@ -60,7 +60,10 @@ class PathWatch:
         pairs = zip(greedy, accepted, strict=False)
         shared = next((n for n, (one, other) in enumerate(pairs) if one != other), None)
         shared = min(len(greedy), num_accepted) if shared is None else shared
-        found = (1, len(greedy) < self.levels, shared == num_accepted, shared + 1, num_accepted + 1)
+        found = (
+            1, len(greedy) < self.levels, num_accepted > 0, shared == num_accepted > 0,
+            shared + 1, num_accepted + 1,
+        )  # fmt: skip
         for name, value in zip(PATH_COUNTS, found, strict=True):
             self.counts[name] += value
         self.drafter.observe(verdict, scores)
@@ -79,9 +82,10 @@ def path_rows(
 ) -> pd.DataFrame:
     """Rows of quantity "paths" and "path_gain" of each method, greedily decoding one prompt set.
 
-    `pruned` and `on_greedy_path` are shares of rounds: the greedy path was cut, and nothing beside
-    it was accepted. `greedy_tau` and `tau` count a round's tokens, the bonus token included, along
-    the greedy path alone and in the whole tree; "path_gain" is by how much the second is above.
+    `pruned` is the share of rounds whose greedy path was cut, `on_greedy_path` that of the accepted
+    paths that are part of it; where nothing was accepted there is none. `greedy_tau` and `tau`
+    count a round's tokens, the bonus token included, along the greedy path alone and in the whole
+    tree; "path_gain" is by how much the second is above.
     """
     found = []
     for method, drafter in drafters.items():
@@ -101,14 +105,14 @@ def _path_values(counts: np.ndarray) -> list[dict[str, object]]:
     totals, draws = counts.sum(0), rows.bootstrap(counts)
     ratios = {
         "pruned": lambda c: c[..., 1] / c[..., 0],
-        "on_greedy_path": lambda c: c[..., 2] / c[..., 0],
-        "greedy_tau": lambda c: c[..., 3] / c[..., 0],
-        "tau": lambda c: c[..., 4] / c[..., 0],
+        "on_greedy_path": lambda c: c[..., 3] / c[..., 2],
+        "greedy_tau": lambda c: c[..., 4] / c[..., 0],
+        "tau": lambda c: c[..., 5] / c[..., 0],
     }
     values = {"quantity": "paths"}
     for name, ratio in ratios.items():
         values |= _with_interval(name, ratio, totals, draws)
-    gain = _with_interval("value", lambda c: (c[..., 4] - c[..., 3]) / c[..., 0], totals, draws)
+    gain = _with_interval("value", lambda c: (c[..., 5] - c[..., 4]) / c[..., 0], totals, draws)
     return [values, {"quantity": "path_gain"} | gain]
 
 

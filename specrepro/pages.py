@@ -21,13 +21,14 @@ from specrepro.experiment import PAPERS, ROOT, reported_model
 README = ROOT / "README.md"
 NONE = "Not measured yet.\n"
 LEGEND = """\
-*Reproduced*: the paper's number, within a tolerance fixed beforehand. *Direction holds*: the
-ordering, trend or bound that is claimed, with the whole 95 % interval on its side. *Not
-reproduced*: the interval lies on the other side. *Inconclusive*: on both. *Proxy*: measured, but on
-a target or machine whose absolute numbers cannot be set against the paper's. For an ordering,
-`reported` and `measured` are differences; for a claim without a number of the paper's, `reported`
-is its bound. Intervals resample prompts and are widened as Student's t is for few of them; one or
-two have none."""
+*Reproduced*: the paper's number, with the whole 95 % interval within a tolerance fixed beforehand.
+*Direction holds*: the ordering, trend or bound that is claimed, with the whole interval on its
+side. *Not reproduced*: the interval lies on the other side. *Inconclusive*: on both, or there is
+none. *Proxy*: measured, but on a target or machine whose absolute numbers cannot be set against the
+paper's. For an ordering, `reported` and `measured` are differences; for a claim without a number of
+the paper's, `reported` is its bound. Intervals resample prompts, or what was decoded as one batch,
+and are widened as Student's t is for few; one or two have none. They hold the seed, the trained
+head and the hour fixed, and nothing corrects for how many claims are judged."""
 MARK = "<!-- below: written by python -m specrepro readme -->"
 OWN = {  # the method that a paper is about
     "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",
@@ -68,7 +69,7 @@ def with_table(text: str) -> str:
 
 
 def _papers_table() -> str:
-    names = ("paper", "speedup", "tau", "reported: speedup / tau", "claims")
+    names = ("paper", "prompts", "speedup", "tau", "reported: speedup / tau", "claims")
     head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
     return head + "".join(map(_paper_line, PAPERS))
 
@@ -80,14 +81,14 @@ def _paper_line(paper: str) -> str:
     cells = [f"[{name}]({told}): {about} ([{arxiv}](https://arxiv.org/abs/{arxiv}))"]
     decoded = means(_decoded(paper))
     if decoded.empty:
-        return f"| {cells[0]} | {' | '.join(['-'] * 3)} | not measured yet |\n"
+        return f"| {cells[0]} | {' | '.join(['-'] * 4)} | not measured yet |\n"
     own = decoded[
         (decoded["method"] == OWN[paper]) & (decoded["temperature"] == 0) & (decoded["batch"] == 1)
     ].iloc[-1]  # the last is of all prompts together where the paper has such a row
-    cells += [_measured_cell(own, *one) for one in _UNITS]
+    cells += [f"{own['num_prompts']:g}", *(_measured_cell(own, *one) for one in _UNITS)]
     beside = _beside(own, ["method", "temperature", "prompts"], _reported(paper))
     cells.append(f"{beside} ({reported_model(paper)})" if beside else "-")
-    cells.append(claims.summary(_verdicts(paper)))
+    cells.append(claims.summary([one for one in _verdicts(paper) if not _is_ours(one)]))
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -103,16 +104,16 @@ def page_of(paper: str) -> str:
         by_hand,
         MARK,
         f"## What `./reproduce.sh {paper}` measured\n\n{tables[0] if tables else NONE}",
-        f"## Claim by claim\n\n{claims.summary(verdicts)}\n\n{LEGEND}\n\n{_claims_table(verdicts)}",
+        f"## Claim by claim\n\n{_summaries(verdicts)}\n\n{LEGEND}\n\n{_claims_table(verdicts)}",
         *(f"## Every prompt set\n\n{table}" for table in tables[1:]),
         f"## Figures\n\n{_figures(path.parent)}",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _told(paper: str) -> dict[str, Any]:
-    """What the paper's verdict.json says; nothing where there is none."""
-    path = page(paper).with_name("verdict.json")
+def _told(paper: str, file: str = "verdict.json") -> dict[str, Any]:
+    """What the paper's verdict.json or manifest.json says; nothing where there is none."""
+    path = page(paper).with_name(file)
     return json.loads(path.read_text()) if path.is_file() else {"tier": "", "claims": []}
 
 
@@ -122,6 +123,20 @@ def _tier(paper: str) -> str:
 
 def _verdicts(paper: str) -> list[claims.Verdict]:
     return [claims.Verdict(**one) for one in _told(paper)["claims"]]
+
+
+def _is_ours(verdict: claims.Verdict) -> bool:
+    """A bar that we set for ourselves, and not a claim of the paper's."""
+    return verdict.id.startswith("own-")
+
+
+def _summaries(verdicts: list[claims.Verdict]) -> str:
+    """What became of the paper's claims, and of bars of our own where there are some."""
+    parts = {False: [], True: []}
+    for one in verdicts:
+        parts[_is_ours(one)].append(one)
+    told = f"The paper's: {claims.summary(parts[False])}."
+    return told + (f" Bars of our own: {claims.summary(parts[True])}." if parts[True] else "")
 
 
 def _claims_table(verdicts: list[claims.Verdict]) -> str:
@@ -181,7 +196,7 @@ def table_of(paper: str, decoded: pd.DataFrame) -> str:
     names += [f"reported ({reported_model(paper)})"]
     head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
     lines = [_table_line(row, keys, reported) for row in decoded.to_dict("records")]
-    return head + "".join(lines) + _provenance(decoded)
+    return head + "".join(lines) + _provenance(decoded, _told(paper, "manifest.json"))
 
 
 def _reported(paper: str) -> pd.DataFrame:
@@ -225,9 +240,11 @@ def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
     return f"{row[name]:.2f}{unit}{ends}"
 
 
-def _provenance(decoded: pd.DataFrame) -> str:
+def _provenance(decoded: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     one = decoded.iloc[0]
     return (
         f"\nTier `{one['tier']}`, target {one['target']}, {one['dtype']} on {one['device']}"
-        f" ({one['threads']:g} threads), torch {one['torch']}, {str(one['when'])[:10]}.\n"
+        f" ({one['threads']:g} threads), at most {manifest['max_new_tokens']} new tokens, prefill"
+        f" timed, torch {one['torch']}, {str(one['when'])[:10]}, commit"
+        f" {str(one['commit'])[:12]}.\n"
     )

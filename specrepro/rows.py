@@ -10,7 +10,8 @@ prompt was repeated, its time is the median of the repeats.
 
 `*_low` and `*_high` are 95 % intervals from a paired bootstrap over prompts: one resample draws the
 same prompts for every method (whole batches where batch > 1, since a batch shares its time). They
-are widened as Student's t is for few of them; one or two prompts have none.
+are widened as Student's t is for few of them; one or two prompts have none, though sets of two
+have one for their mean.
 
 A row of prompts "mean" averages a method's prompt sets, each resampled within itself; a method that
 lacks one of the sets has none. Functions return bare rows; `stamp` adds where they come from.
@@ -210,20 +211,21 @@ class _Measured:
 
     named: dict[str, Any]  # the slice, and the method or the pair of methods
     values: dict[str, float]
-    draws: dict[str, np.ndarray]  # per metric, (resamples,)
+    draws: Callable[[float], dict[str, np.ndarray]]  # of each metric, that reach so many errors
     counts: dict[str, float]  # what adds up over prompt sets
-    num_units: int  # that were resampled
+    degrees: dict[str, float]  # of freedom that each metric's spread is known with
 
     @property
     def intervals(self) -> dict[str, float]:
         named = {}
-        for metric in self.draws:
+        for metric in METRICS:
             named[f"{metric}_low"], named[f"{metric}_high"] = self.interval(metric)
         return named
 
     def interval(self, metric: str) -> tuple[float, float]:
-        is_known = self.num_units >= FEWEST_UNITS
-        return interval(self.draws[metric]) if is_known else (np.nan, np.nan)
+        if self.degrees[metric] <= FEWEST_UNITS - 2:
+            return np.nan, np.nan
+        return interval(self.draws(reach(self.degrees[metric]))[metric])
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -240,27 +242,35 @@ def _resamples(num_units: int, seed: int) -> np.ndarray:
     return counts.astype(float)
 
 
-def bootstrap(sums: np.ndarray, seed: int = 0, fewest: int = FEWEST_UNITS) -> np.ndarray:
-    """(resamples, C) totals of per-unit sums (units, C), missing below the `fewest` units.
+def bootstrap(sums: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(resamples, C) totals of per-unit sums (units, C); one seed draws the same units.
 
-    One seed draws the same units. Resampled totals of few units lie too close to the real ones, so
-    they are moved away by the factor that a t interval is wider by: in the logarithm, which moves
-    ratios of totals alike, or as they are where a sum is negative.
+    Missing below `FEWEST_UNITS`. Their middle 95 % is as wide as a t interval.
+    """
+    if len(sums) < FEWEST_UNITS:
+        return np.full((NUM_RESAMPLES, *sums.shape[1:]), np.nan)
+    return _widened(sums, seed, reach(len(sums) - 1))
+
+
+def _widened(sums: np.ndarray, seed: int, errors: float) -> np.ndarray:
+    """Resampled totals whose middle 95 % reaches so many standard errors.
+
+    They are drawn too close to the real ones, as a sample's own spread is too small, and moved away
+    by a factor: in the logarithm, which moves ratios of totals alike, or as they are where a sum is
+    negative.
     """
     n = len(sums)
-    if n < fewest:
-        return np.full((NUM_RESAMPLES, *sums.shape[1:]), np.nan)
     totals, draws = sums.sum(0), _resamples(n, seed) @ sums
-    factor = np.sqrt(n / (n - 1)) * _t(n - 1) / _t(np.inf)
+    factor = np.sqrt(n / (n - 1)) * errors / reach(np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         moved = totals * (draws / totals) ** factor
     has_log = (sums >= 0).all(0) & (totals > 0)
     return np.where(has_log, moved, totals + factor * (draws - totals))
 
 
-def _t(degrees_of_freedom: float) -> float:
-    """How many standard errors a 95 % interval reaches; missing without a degree of freedom."""
-    return float(stats.t.ppf(0.975, degrees_of_freedom))
+def reach(degrees: float) -> float:
+    """How many standard errors a 95 % interval reaches, by the degrees of freedom (Student)."""
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def _decode_rows(lines: pd.DataFrame, quantity: str = "decode") -> list[dict[str, Any]]:
@@ -289,9 +299,13 @@ def _measure(lines: pd.DataFrame, part: pd.DataFrame, method: str) -> _Measured:
         base = np.full_like(own, np.nan)
     seed = zlib.crc32(str(part["prompts"].iloc[0]).encode())
     values = _ratios(own.sum(0), base.sum(0)) | _side_values(lines, method)
-    draws = _ratios(*(bootstrap(sums, seed, fewest=2) for sums in (own, base)))
+
+    def draws(errors: float) -> dict[str, np.ndarray]:
+        return _ratios(*(_widened(sums, seed, errors) for sums in (own, base)))
+
     named = part[SLICE].iloc[0].to_dict() | {"method": method}
-    return _Measured(named, values, draws, _counts(lines, part, method), len(own))
+    degrees = dict.fromkeys(METRICS, len(own) - 1.0)
+    return _Measured(named, values, draws, _counts(lines, part, method), degrees)
 
 
 def _unit_sums(lines: pd.DataFrame, method: str) -> np.ndarray:
@@ -343,22 +357,32 @@ def _means(cases: list[_Measured]) -> list[_Measured]:
 
 
 def _mean(cases: list[_Measured]) -> _Measured:
-    """The mean of the sets' values; counts add up, and the load is the highest.
-
-    What is known of the spread within sets is known from all of them together.
-    """
+    """The mean of the sets' values; counts add up, and the load is the highest."""
     values = {name: np.mean([c.values[name] for c in cases]) for name in cases[0].values}
-    pooled = _t(sum(c.num_units - 1 for c in cases))
-    parts = [(c, pooled / _t(c.num_units - 1)) for c in cases]
-    draws = {
-        name: np.mean([k * c.draws[name] + (1 - k) * c.values[name] for c, k in parts], 0)
-        for name in cases[0].draws
-    }
+
+    def draws(errors: float) -> dict[str, np.ndarray]:
+        drawn = [case.draws(errors) for case in cases]
+        return {name: np.mean([one[name] for one in drawn], 0) for name in METRICS}
+
     counts = {name: sum(c.counts.get(name, 0) for c in cases) for name in cases[0].counts}
     if "load" in counts:
         counts["load"] = max(case.counts["load"] for case in cases)
-    num_units = sum(case.num_units for case in cases)
-    return _Measured(cases[0].named | {"prompts": "mean"}, values, draws, counts, num_units)
+    named = cases[0].named | {"prompts": "mean"}
+    return _Measured(named, values, draws, counts, _degrees_of_mean(cases))
+
+
+def _degrees_of_mean(cases: list[_Measured]) -> dict[str, float]:
+    """Degrees of freedom of a mean of independent means (Welch and Satterthwaite)."""
+    own = np.array([min(case.degrees.values()) for case in cases])
+    if own.min() < 1:
+        return dict.fromkeys(METRICS, 0.0)
+    drawn = [case.draws(reach(np.inf)) for case in cases]
+    found = {}
+    for metric in METRICS:
+        shares = np.array([one[metric].var() for one in drawn])
+        is_spread = np.isfinite(shares).all() and shares.sum() > 0
+        found[metric] = shares.sum() ** 2 / (shares**2 / own).sum() if is_spread else own.sum()
+    return found
 
 
 def paired_differences(
@@ -390,9 +414,13 @@ def _difference(part: pd.DataFrame, method: str, versus: str) -> _Measured:
     lines = _finished(part, {method, versus, AUTOREGRESSIVE})
     one, other = (_measure(lines, part, name) for name in (method, versus))
     values = {name: one.values[name] - other.values[name] for name in METRICS}
-    draws = {name: one.draws[name] - other.draws[name] for name in METRICS}
+
+    def draws(errors: float) -> dict[str, np.ndarray]:
+        ours, theirs = one.draws(errors), other.draws(errors)
+        return {name: ours[name] - theirs[name] for name in METRICS}
+
     counts = {"num_prompts": one.counts["num_prompts"]}
-    return _Measured(one.named | {"versus": versus}, values, draws, counts, one.num_units)
+    return _Measured(one.named | {"versus": versus}, values, draws, counts, one.degrees)
 
 
 def _value_row(case: _Measured, metric: str) -> dict[str, Any]:

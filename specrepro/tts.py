@@ -75,7 +75,7 @@ SIZES = {
     ),
     "laptop": Size(
         2, 512, (*HEADLINE, "SpS"), ("EAGLE-3", "SAM", "Recycling"), num_warm=1,
-        times_samples=False, audited=HEADLINE, num_audited=1,
+        times_samples=False, num_audited=1,
     ),
     "full": Size(
         10, 512, with_head=tuple((MULTI_ROUND.name, t) for t in TEMPERATURES), num_audited=12

@@ -41,7 +41,7 @@ def test_table_and_pages_are_those_of_the_committed_rows():
 
 def test_a_page_keeps_what_was_written_by_hand_and_only_that(tmp_path, monkeypatch):
     folder = experiment.ROOT / "figures" / "gto"
-    for name in ("results.csv", "verdict.json"):
+    for name in ("results.csv", "verdict.json", "manifest.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     monkeypatch.setattr(pages, "page", lambda _: tmp_path / "README.md")
     fresh = pages.page_of("gto")
