@@ -538,8 +538,7 @@ def _check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m specrepro.corpus`: generate answers, one process of several."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m specrepro.corpus", description=__doc__)
     parser.add_argument(
         "folder", type=Path, help="where part-<rank> goes; a second call goes on there"
@@ -553,7 +552,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--passes", type=int, default=1, help="answers of each prompt")
     parser.add_argument("--sources", nargs="+", choices=prompts.SOURCES, default=prompts.SOURCES,
                         help="of prompts")  # fmt: skip
-    options = parser.parse_args(arguments)
+    parser.add_argument("--committed", action="store_true",
+                        help="compute the features of the committed answers alone")  # fmt: skip
+    parser.add_argument("--share", type=float, default=1.0, help="of the committed answers")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m specrepro.corpus`: generate answers, one process of several.
+
+    Or, with `--committed`, features of the answers that are in the repository, which takes minutes
+    where answering takes hours.
+    """
+    options = _parser().parse_args(arguments)
+    if options.committed:
+        answers = load(COMMITTED)
+        chosen = answers.first(round(options.share * len(answers.answers))).answers
+        options.folder.mkdir(parents=True, exist_ok=True)
+        recompute(target_model.load(options.target), chosen, options.folder)
+        return
     torch.set_num_threads(max(1, torch.get_num_threads() // options.num_ranks))
     generate(
         target_model.load(options.target),

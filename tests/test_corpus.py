@@ -248,6 +248,20 @@ def test_recomputed_features_are_those_that_generation_kept(target, whole, tmp_p
     assert (tmp_path / "again" / "part-0" / "taps").stat().st_size == size, "computed twice"
 
 
+def test_the_command_computes_features_of_a_share_of_the_committed_answers(
+    target, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpus, "COMMITTED", corpus.pack(whole, tmp_path / "packed", {}))
+    monkeypatch.setattr(corpus.target_model, "load", lambda name: target)
+    monkeypatch.setattr(corpus, "decode", None)  # nothing is answered anew
+    answers = corpus.load(corpus.COMMITTED)
+    corpus.main([str(tmp_path / "half"), "--committed", "--share", "0.5"])
+    expected = answers.first(round(0.5 * len(answers.answers))).answers
+    assert FeatureCache(tmp_path / "half", target.hidden_size).answers == expected
+    corpus.main([str(tmp_path / "half"), "--committed"])
+    assert_same_features(target, whole, tmp_path / "half")
+
+
 def test_what_any_part_has_is_not_recomputed(target, tmp_path):
     for rank in range(2):
         generate(target, tmp_path / "parts", rank=rank, num_ranks=2)
