@@ -83,6 +83,7 @@ class Plan:
 
     measures: tuple[str, ...]  # stages; others are recalled
     num_prompts: int = 10  # of each set
+    sets: tuple[str, ...] = ALL_SETS  # of the baselines
     temperatures: tuple[float, ...] = (0.0, 1.0)
     untrained: tuple[str, ...] = ("PLD", "Lookahead")
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -98,12 +99,12 @@ STAGES = (
 AUDITS = STAGES[-2:]
 PLANS = {
     "smoke": Plan(
-        ("baselines", "throughput", "sweep", "training"), 1, (0.0,), batches=(1,), depths=(2,),
-        widths=(8,), sizes=(8,),
+        ("baselines", "throughput", "sweep", "training"), 1, ("chat", "maths"), (0.0,),
+        batches=(1,), depths=(2,), widths=(8,), sizes=(8,),
     ),
     "laptop": Plan(
-        ("baselines", "sweep", "training"), 2, (0.0,), ("PLD",), depths=(2, 4), widths=(8,),
-        sizes=(8, 16, 32),
+        ("baselines", "sweep", "training"), 2, temperatures=(0.0,), untrained=("PLD",),
+        depths=(2, 4), widths=(8,), sizes=(8, 16, 32),
     ),
     "full": Plan(STAGES),
     "paper": Plan(
@@ -198,7 +199,7 @@ class Lab:
         """Rows of Table 1's other methods: of the untrained, and of committed checkpoints."""
         others = [Entry(name, UNTRAINED[name]) for name in self.plan.untrained] + self._committed()
         records, found = self._measure(
-            "decode", [Entry(OURS, self.load), *others], ALL_SETS, self.plan.temperatures,
+            "decode", [Entry(OURS, self.load), *others], self.plan.sets, self.plan.temperatures,
             file="baselines",
         )  # fmt: skip
         if OURS in set(self.run.of("decode").get("method", ())):  # measured on more prompts

@@ -290,7 +290,7 @@ class Run:
         sets: Sequence[str] = ("chat", "humaneval"),
         num_prompts: int = 0,
     ) -> pd.DataFrame:
-        """Is every method lossless, at batch 1 and 4? Adds the rows of `audited` and shows all."""
+        """Is every method lossless, alone and in batches? Adds the rows of `audited`; shows all."""
         self.keep(self.audited(loaders, controls, sets, num_prompts))
         return self.of("losslessness", "near_tie")
 
@@ -308,7 +308,7 @@ class Run:
         and is left out where the target does not fit its device in it.
         Where prompts are many, drafters that draft badly are asked too: `controls`, and one that is
         always wrong. Each case is measured once and kept, to resume from.
-        `num_prompts` of each set, where 0 is the tier's share.
+        `num_prompts` of each set, where 0 is the tier's share; one makes no batch of four.
         """
         if self.tier.audited_prompts >= 40:
             wrong = {"wrong drafts": lambda target: losslessness.WrongDrafts()}
@@ -317,7 +317,8 @@ class Run:
         exact = ("float32",) if self.published is None or self.published.exact else ()
         own = measure.dtype_name(self.target)  # what "auto" came to
         tables = []
-        cases = itertools.product(samplings, dict.fromkeys((own, *exact)), sets, (1, 4))
+        batches = (1, 4) if num_prompts > 1 else (1,)
+        cases = itertools.product(samplings, dict.fromkeys((own, *exact)), sets, batches)
         for sampling, dtype, name, batch in cases:
             if sampling.is_greedy or dtype == "float32":  # rounding alone turns many a race
                 audit = partial(self._audit, loaders, dtype, name, num_prompts, batch, sampling)

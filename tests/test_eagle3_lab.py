@@ -43,7 +43,10 @@ METHODS = {
 }
 BUDGET = Budget(share=0.25, steps=2)
 DRAWN = [stage for stage in eagle3_lab.STAGES if stage not in eagle3_lab.AUDITS]
-PLAN = Plan(eagle3_lab.STAGES, 1, (0.0,), batches=(1, 2), depths=(1, 2), widths=(3,), sizes=(4, 8))
+PLAN = Plan(
+    eagle3_lab.STAGES, 1, temperatures=(0.0,), batches=(1, 2), depths=(1, 2), widths=(3,),
+    sizes=(4, 8),
+)  # fmt: skip
 
 
 def little(method, target):
