@@ -48,7 +48,7 @@ class Plan:
 NOW = ("paths", "rewards", "shapes")
 PLANS = {
     "smoke": Plan(NOW, 1, (0.0,), ((0, 0), (1, 0))),
-    "laptop": Plan(NOW, 2, (0.0,), ((0, 0), (0, 4), (1, 0))),
+    "laptop": Plan(NOW, 4, (0.0,), ((0, 0), (0, 4), (1, 0))),
     "full": Plan(STAGES),
     "paper": Plan(NOW, 80, shapes=((-1, -10), (-1, 10), (0, 0), (0, 10), (1, 0), (1, 10))),
 }
