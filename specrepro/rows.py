@@ -445,7 +445,8 @@ def acceptance_by_depth(records: Sequence[Record], levels: int | None = None) ->
             if not offered:
                 continue
             with np.errstate(divide="ignore", invalid="ignore"):
-                low, high = interval(draws[:, num_levels + depth - 1] / draws[:, depth - 1])
+                rates = draws[:, num_levels + depth - 1] / draws[:, depth - 1]
+                low, high = interval(np.minimum(rates, 1))
             rows.append(
                 named
                 | {"quantity": "acceptance_by_depth", "depth": depth, "num_rounds": int(offered)}
