@@ -95,7 +95,7 @@ PLANS = {
     ),
     "laptop": Plan(
         greedy={1: _SETS, 8: ("chat",)}, sampled={1: ("chat",)}, elsewhere={1: _SETS}, batch=8,
-        num_together=16, num_traces=6, num_chosen_on=2, grid=_FEW,
+        num_together=24, num_traces=6, num_chosen_on=2, grid=_FEW,
         other_grid=replace(_FEW, batches=(1, 8), repeats=4), modelled=(1, 8, 32),
         num_prompts=2, max_new_tokens=40, depths=(0, 1, 2, 4, 7),
         factors=(0.25, 0.5, 1.0, 2.0, 4.0),

@@ -10,8 +10,8 @@ prompt was repeated, its time is the median of the repeats.
 
 `*_low` and `*_high` are 95 % intervals from a paired bootstrap over prompts: one resample draws the
 same prompts for every method (whole batches where batch > 1, since a batch shares its time). They
-are widened as Student's t is for few of them; one or two prompts have none, though sets of two
-have one for their mean.
+are widened as Student's t is for few of them; one or two prompts have none, and a mean over sets
+has one where its spread is known as well as that of three.
 
 A row of prompts "mean" averages a method's prompt sets, each resampled within itself; a method that
 lacks one of the sets has none. Functions return bare rows; `stamp` adds where they come from.
@@ -223,7 +223,7 @@ class _Measured:
         return named
 
     def interval(self, metric: str) -> tuple[float, float]:
-        if self.degrees[metric] <= FEWEST_UNITS - 2:
+        if self.degrees[metric] < FEWEST_UNITS - 1:
             return np.nan, np.nan
         return interval(self.draws(reach(self.degrees[metric]))[metric])
 

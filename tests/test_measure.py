@@ -305,7 +305,8 @@ def test_intervals_over_the_four_prompts_of_a_set_cover_as_often(num_sets) -> No
 
 
 def test_two_prompts_have_no_interval_but_several_sets_of_two_have() -> None:
-    sets = [simulated(i, num_prompts=2, prompts=name) for i, name in enumerate(("chat", "maths"))]
+    names = ("chat", "maths", "logic", "code", "stories")
+    sets = [simulated(i, num_prompts=2, prompts=name) for i, name in enumerate(names)]
     found = table([r for one in sets for r in one])
     assert found.loc[("M", "chat"), ["speedup_low", "speedup_high"]].isna().all()
     assert found.loc[("M", "mean"), ["speedup_low", "speedup_high"]].notna().all()
