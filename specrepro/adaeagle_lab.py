@@ -69,7 +69,7 @@ PLANS = {
         grid=Grid((1,), 256, 1, (1, 2, 5, 11), (1,), warm_up=1, repeats=1),
     ),
     "laptop": Plan(
-        _SETS, ("chat",), ("chat",), num_answers=300, epochs=2.0, num_prompts=2, max_new_tokens=48,
+        _SETS, ("chat",), ("chat",), num_answers=300, epochs=2.0, num_prompts=3, max_new_tokens=48,
     ),
     "full": Plan(_ALL_SETS, _ALL_SETS, _ALL_SETS),
     "paper": Plan((*_ALL_SETS, "questions"), ("chat",), (), num_answers=None),

@@ -135,8 +135,11 @@ def test_where_auto_comes_to_float32_nothing_is_audited_twice(tiny_run, monkeypa
     tiny_run.dtype = "auto"  # as it was asked for
     tiny_run.depends_on(checkpoint="one")
     monkeypatch.setattr(experiment.losslessness, "losslessness", losslessness)
-    tiny_run.audit({})
+    tiny_run.audit({}, num_prompts=2)
     assert len(audited) == len(set(audited)) == 8, "two sets, alone and four together, drawn or not"
+    audited.clear()
+    tiny_run.audit({}, num_prompts=1)
+    assert len(audited) == 4 and {batch for _, _, batch in audited} == {1}, "one makes no batch"
 
 
 @pytest.mark.parametrize("name", ["num_prompts", "max_new_tokens"])

@@ -304,12 +304,15 @@ def test_intervals_over_the_four_prompts_of_a_set_cover_as_often(num_sets) -> No
     assert 52 <= num_covered <= 59, f"{num_covered} of 60 intervals cover the true value"
 
 
-def test_two_prompts_have_no_interval_but_several_sets_of_two_have() -> None:
-    names = ("chat", "maths", "logic", "code", "stories")
-    sets = [simulated(i, num_prompts=2, prompts=name) for i, name in enumerate(names)]
+def test_sets_of_two_prompts_have_an_interval_together_unless_one_of_them_decides() -> None:
+    names, ends = ("chat", "maths", "logic", "code", "stories"), ["speedup_low", "speedup_high"]
+    sets = [simulated(20 + i, num_prompts=2, prompts=name) for i, name in enumerate(names)]
     found = table([r for one in sets for r in one])
-    assert found.loc[("M", "chat"), ["speedup_low", "speedup_high"]].isna().all()
-    assert found.loc[("M", "mean"), ["speedup_low", "speedup_high"]].notna().all()
+    assert found.loc[("M", "chat"), ends].isna().all()
+    assert found.loc[("M", "mean"), ends].notna().all()
+    next(r for r in sets[0] if r.method == "M").seconds /= 100
+    found = table([r for one in sets for r in one])
+    assert found.loc[("M", "mean"), ends].isna().all(), "its spread is that of two prompts"
     differences = rows.paired_differences(sets[0], [("M", AUTOREGRESSIVE)])
     assert differences["value"].notna().all() and differences["value_low"].isna().all()
     assert np.isnan(rows.bootstrap(np.ones((2, 1)))).all()
