@@ -564,7 +564,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Or, with `--committed`, features of the answers that are in the repository, which takes minutes
     where answering takes hours.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not 0 < options.share <= 1:
+        parser.error(f"--share is {options.share}; give a part of the committed answers, above 0")
     if options.committed:
         answers = load(COMMITTED)
         chosen = answers.first(round(options.share * len(answers.answers))).answers

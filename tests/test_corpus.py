@@ -262,6 +262,14 @@ def test_the_command_computes_features_of_a_share_of_the_committed_answers(
     assert_same_features(target, whole, tmp_path / "half")
 
 
+@pytest.mark.parametrize("share", ["0", "-0.5", "1.5"])
+def test_a_share_that_is_no_part_is_refused_before_anything_is_written(share, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        corpus.main([str(tmp_path / "new"), "--committed", "--share", share])
+    assert f"--share is {float(share)}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_any_part_has_is_not_recomputed(target, tmp_path):
     for rank in range(2):
         generate(target, tmp_path / "parts", rank=rank, num_ranks=2)
