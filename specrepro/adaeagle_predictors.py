@@ -81,7 +81,7 @@ def train_alike(
 
     The card has its counts and hashes, and what `about` says.
     """
-    answers = corpus.FeatureCache(features, target.hidden_size, budget.num_answers)
+    answers = corpus.features_in(features, target, budget.num_answers)
     steps = max(1, corpus.num_batches(answers.answers, recipe.batch_tokens, budget.epochs))
     loop = replace(recipe.loop, total_steps=steps)
     recipe = replace(recipe, loop=loop, epochs=budget.epochs)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specrepro import checkpoints, prompts, target_model
-from specrepro.decoding import Autoregressive, decode, most_probable
+from specrepro.decoding import Autoregressive, Generation, decode, most_probable
 from specrepro.target_model import Scores, Target, pad
 from specrepro.tree_verify import Verdict
 
@@ -89,6 +89,7 @@ def generate(
     num_passes: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
+    keep_features: bool = True,
 ) -> Path:
     """Answer `questions` in batches into `folder`/part-<rank>; a second call goes on there.
 
@@ -97,9 +98,13 @@ def generate(
     first was greedy and the other way round; later ones sample again. An answer depends on its
     prompt, the pass, `seed` and the batches, never on which process gives it. The features that the
     target computes while answering are kept beside the answers, so training need not run it again.
+    Without `keep_features` training has the target compute them (`LiveFeatures`), and a sampled
+    answer also depends on the others of its batch, as large batches on a GPU need it.
     """
     part = Part(folder / f"part-{rank}", target.hidden_size)
-    part.reopen()
+    if part.reopen() and part.has_features != keep_features:
+        begun = "with" if part.has_features else "without"
+        raise ValueError(f"{folder} was begun {begun} features; go on alike, or name another folder")
     done = {_key(a.prompt_id, a.temperature, a.seed) for a in _all_answers(folder)}
     batches = list(_batches(target, questions, max_prompt_tokens, batch_size))
     tasks = [(n, i) for n in range(num_passes) for i in range(len(batches))][rank::num_ranks]
@@ -113,7 +118,8 @@ def generate(
                 name: tokens for name, tokens in batches[place].items() if keys[name] not in done
             }
             if waiting:
-                num_tokens += _answer(target, part, waiting, temperature, seeds, max_new_tokens)
+                answer = _answer if keep_features else _answer_alone
+                num_tokens += answer(target, part, waiting, temperature, seeds, max_new_tokens)
                 bar.set_postfix(tokens_per_second=round(num_tokens / (time.perf_counter() - began)))
             bar.update()
     return part.folder
@@ -151,15 +157,41 @@ def _answer(
     max_new_tokens: int,
 ) -> int:
     """Answer one batch of prompts by id, keep what comes of it, and return how many tokens did."""
-    recorder, encoded = FeatureRecorder(), list(batch.values())
+    recorder = FeatureRecorder()
     options = {"temperature": temperature, "seed": [seeds[prompt_id] for prompt_id in batch]}
-    generations = decode(target, recorder, encoded, max_new_tokens=max_new_tokens, **options)
-    answers = [
+    generations = decode(target, recorder, list(batch.values()), max_new_tokens, **options)
+    answers = _answers(batch, generations, temperature, seeds)
+    part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
+    return sum(len(answer.tokens) for answer in answers)
+
+
+def _answer_alone(
+    target: Target,
+    part: Part,
+    batch: dict[str, list[int]],
+    temperature: float,
+    seeds: dict[str, int],
+    max_new_tokens: int,
+) -> int:
+    """As `_answer`, but no features are kept, and the draws are those of the whole batch."""
+    torch.manual_seed(next(seeds[prompt_id] for prompt_id in batch))
+    options = {"temperature": temperature, "seed": None}
+    generations = decode(target, Autoregressive(), list(batch.values()), max_new_tokens, **options)
+    answers = _answers(batch, generations, temperature, seeds)
+    part.append(answers)
+    return sum(len(answer.tokens) for answer in answers)
+
+
+def _answers(
+    batch: dict[str, list[int]],
+    generations: Sequence[Generation],
+    temperature: float,
+    seeds: dict[str, int],
+) -> list[Answer]:
+    return [
         Answer(name, len(ids), temperature, seeds[name], generation.tokens, _hash_of_ids(ids))
         for (name, ids), generation in zip(batch.items(), generations, strict=True)
     ]
-    part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
-    return sum(len(answer.tokens) for answer in answers)
 
 
 class FeatureRecorder(Autoregressive):
@@ -217,6 +249,7 @@ class Part:
     """Answers and features as one process appends them: answers.jsonl and raw bits, in one order.
 
     Features are written first, so after an interruption they are cut back to the answers there are.
+    A part has them for all of its answers or for none.
     """
 
     def __init__(self, folder: Path, hidden_size: int):
@@ -234,12 +267,17 @@ class Part:
         whole = self.answers_path.read_bytes() if self.answers_path.exists() else b""
         _cut(self.answers_path, whole.rfind(b"\n") + 1)
         answers = self.answers()
-        for name, (width, dtype) in self.columns.items():
+        for name, (width, dtype) in self.columns.items() if self.has_features else ():
             _cut(
                 self.folder / name,
                 sum(a.num_tokens for a in answers) * width * np.dtype(dtype).itemsize,
             )
         return answers
+
+    @property
+    def has_features(self) -> bool:
+        path = self.folder / "taps"
+        return path.is_file() and path.stat().st_size > 0
 
     def answers(self) -> list[Answer]:
         """In the order of the features; a last line still being written is left out."""
@@ -248,9 +286,9 @@ class Part:
         lines = self.answers_path.read_text().split("\n")[:-1]
         return [Answer(**json.loads(line)) for line in lines]
 
-    def append(self, answers: Sequence[Answer], features: Sequence[Features]) -> None:
+    def append(self, answers: Sequence[Answer], features: Sequence[Features] = ()) -> None:
         """Add whole sequences."""
-        for name in self.columns:
+        for name in self.columns if features else ():
             with (self.folder / name).open("ab") as file:
                 for one in features:
                     file.write(_bits(getattr(one, name)).tobytes())
@@ -348,6 +386,11 @@ class Corpus:
         return Corpus(ranked[:num_answers])
 
 
+def _hash_of(answers: Sequence[Answer]) -> str:
+    """A corpus's hash, in whatever order its answers stand."""
+    return Corpus(sorted(answers, key=lambda answer: (answer.prompt_id, answer.seed))).hash
+
+
 def _order(answer: Answer) -> tuple[bytes, int]:
     """Prompts in the order of their ids' hash, the answers of one side by side."""
     return hashlib.sha256(answer.prompt_id.encode()).digest(), answer.seed
@@ -373,6 +416,60 @@ def most_frequent_tokens(answers: Sequence[Answer], vocab_size: int, num_tokens:
     tokens = torch.tensor([token for answer in answers for token in answer.tokens])
     counts = torch.bincount(tokens.long(), minlength=vocab_size)
     return counts.sort(descending=True, stable=True).indices[:num_tokens].sort().values
+
+
+class LiveFeatures:
+    """Sequences whose features the target computes each time they are asked for.
+
+    On a GPU that takes less time than a disk does, and no room on one.
+    """
+
+    def __init__(self, target: Target, answers: Sequence[Answer]):
+        self.target, self.answers = target, sorted(answers, key=_order)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return Corpus(self.answers).num_tokens
+
+    @property
+    def hash(self) -> str:
+        return _hash_of(self.answers)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> Batch:
+        """Sequences `ids`, given the token ids of their prompts."""
+        answers = [self.answers[i] for i in ids]
+        tokens, lengths = pad(
+            [prompt_ids[a.prompt_id] + a.tokens for a in answers], self.target.device
+        )
+        starts = torch.tensor([a.prompt_tokens for a in answers], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        is_token = places < lengths[:, None]
+        taps, hidden = self.target.features(tokens)
+        choices = most_probable(self.target.logits(hidden)).where(is_token, 0)
+        features = (x.where(is_token[..., None], 0) for x in (taps, hidden))
+        return Batch(tokens, is_token & (places >= starts[:, None]), choices, *features)
+
+
+def features_in(
+    folder: Path, target: Target, max_sequences: int | None = None
+) -> FeatureCache | LiveFeatures:
+    """The sequences of a folder: those of its parts, or of a packed corpus.
+
+    Features are read where they were kept, and computed when they are asked for where they were
+    not. A ValueError where there is no answer.
+    """
+    if has_answers(folder):
+        return LiveFeatures(target, load(folder).first(max_sequences).answers)
+    if any(Part(path, 0).has_features for path in folder.glob("part-*")):
+        return FeatureCache(folder, target.hidden_size, max_sequences)
+    if not (answers := _all_answers(folder)):
+        raise ValueError(_no_answers(folder))
+    return LiveFeatures(target, Corpus(answers).first(max_sequences).answers)
 
 
 class FeatureCache:
@@ -406,8 +503,7 @@ class FeatureCache:
 
     @property
     def hash(self) -> str:
-        ordered = sorted(self.answers, key=lambda answer: (answer.prompt_id, answer.seed))
-        return Corpus(ordered).hash
+        return _hash_of(self.answers)
 
     def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> Batch:
         """Sequences `ids`, given the token ids of their prompts."""
@@ -456,10 +552,13 @@ def prompt_ids(tokenizer: object, answers: Sequence[Answer]) -> dict[str, list[i
 
 @torch.inference_mode()
 def recompute(
-    target: Target, answers: Sequence[Answer], folder: Path, batch_tokens: int = 8192
+    target: Target, answers: Sequence[Answer], folder: Path, batch_tokens: int = 8192, rank: int = 0
 ) -> Path:
-    """Run the target over answers whose features no part has; goes on where it stopped."""
-    part = Part(folder / "part-0", target.hidden_size)
+    """Run the target over answers whose features no part has, into `folder`/part-<rank>.
+
+    Goes on where it stopped. Of several processes each takes answers of its own.
+    """
+    part = Part(folder / f"part-{rank}", target.hidden_size)
     part.reopen()
     done = {_key(a.prompt_id, a.temperature, a.seed) for a in _all_answers(folder)}
     _check_room(folder, sum(answer.num_tokens for answer in answers) * (8 * target.hidden_size + 4))
@@ -552,6 +651,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--passes", type=int, default=1, help="answers of each prompt")
     parser.add_argument("--sources", nargs="+", choices=prompts.SOURCES, default=prompts.SOURCES,
                         help="of prompts")  # fmt: skip
+    parser.add_argument("--answers-only", action="store_true",
+                        help="keep no features: on a GPU, which computes them while it trains, and"
+                        " answers large batches faster")  # fmt: skip
     parser.add_argument("--committed", action="store_true",
                         help="compute the features of the committed answers alone")  # fmt: skip
     parser.add_argument("--share", type=float, default=1.0, help="of the committed answers")
@@ -572,7 +674,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers = load(COMMITTED)
         chosen = answers.first(round(options.share * len(answers.answers))).answers
         options.folder.mkdir(parents=True, exist_ok=True)
-        recompute(target_model.load(options.target), chosen, options.folder)
+        own = chosen[options.rank :: options.num_ranks]
+        recompute(target_model.load(options.target), own, options.folder, rank=options.rank)
         return
     torch.set_num_threads(max(1, torch.get_num_threads() // options.num_ranks))
     generate(
@@ -585,6 +688,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_size=options.batch_size,
         rank=options.rank,
         num_ranks=options.num_ranks,
+        keep_features=not options.answers_only,
     )
 
 

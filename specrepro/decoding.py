@@ -264,7 +264,7 @@ def decode(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | None = 0,
     ignore_stop: bool = False,
     record_gaps: bool = False,
     on_round: Callable[[int], None] | None = None,
@@ -273,7 +273,9 @@ def decode(
     """Decode one prompt (a list of ids) to a Generation, or a batch of them to a list.
 
     Draws are keyed by sequence seed and position, so a sampled run repeats the autoregressive run
-    of the same seed. `seed` is one for every sequence (then sequence i uses seed + i) or one each.
+    of the same seed. `seed` is one for every sequence (then sequence i uses seed + i) or one each;
+    None draws on the device by torch's own generator, which large batches need (a sequence's own
+    draws are 50 MB at 256 tokens of 49152 words), and nothing repeats but the whole batch.
     Raises ValueError for an empty prompt or one that leaves no room in the target's context; each
     sequence is cut to the room that its own prompt leaves.
     """
@@ -281,10 +283,9 @@ def decode(
     prompts = [list(prompt_ids)] if is_single else [list(prompt) for prompt in prompt_ids]
     sampling = Sampling(temperature, top_p, top_k)
     limits = _limits(target, prompts, max_new_tokens)
-    seeds, times = _seeds(seed, len(prompts)), None
+    seeds, times = None if seed is None else _seeds(seed, len(prompts)), None
     if not sampling.is_greedy:
-        length = max(limits) + drafter.max_nodes
-        times = position_race_times(seeds, length, target.vocab_size).to(target.device)
+        times = _race_times(target, drafter, seeds, max(limits) + drafter.max_nodes)
     stop_ids = target.stop_ids[:0] if ignore_stop else target.stop_ids
     loop = _Loop(target, drafter, sampling, times, stop_ids, record_gaps, thinking)
     generations = loop.run(prompts, limits, on_round)
@@ -309,6 +310,29 @@ def position_race_times(seeds: Sequence[int], length: int, vocab_size: int) -> T
         for seed in seeds
     )
     return torch.stack([(-torch.log1p(-u)).clamp_min(2**-54).float() for u in rows])
+
+
+class _FreshTimes:
+    """Race times as `position_race_times` has them, but drawn anew each time they are read."""
+
+    def __init__(self, length: int, vocab_size: int, device: torch.device):
+        self.shape = (0, length, sum(vocabulary_grid(vocab_size)))
+        self.device = device
+
+    def __getitem__(self, places: tuple[Tensor, Tensor]) -> Tensor:
+        shape = (*torch.broadcast_shapes(*(one.shape for one in places)), self.shape[-1])
+        return torch.empty(shape, device=self.device).exponential_().clamp_min_(2**-54)
+
+
+def _race_times(
+    target: Target, drafter: Drafter, seeds: Sequence[int] | None, length: int
+) -> Tensor | _FreshTimes:
+    """What the draws of a batch are read from; a ValueError where none can be foreseen."""
+    if seeds is not None:
+        return position_race_times(seeds, length, target.vocab_size).to(target.device)
+    if hasattr(drafter, "foresee"):
+        raise ValueError("this drafter foresees the target's draws: give a seed, not None")
+    return _FreshTimes(length, target.vocab_size, target.device)
 
 
 def fill_gaps(is_kept: Tensor) -> Tensor:
@@ -372,7 +396,7 @@ class _Loop:
         target: Target,
         drafter: Drafter,
         sampling: Sampling,
-        race_times: Tensor | None,
+        race_times: Tensor | _FreshTimes | None,
         stop_ids: Tensor,
         record_gaps: bool,
         thinking: Thinking | None,
@@ -406,17 +430,18 @@ class _Loop:
         with self.clock.part("prefill"):
             cache, scores = self.target.prefill(prompts, capacity)
         batch, rows = _Batch.empty(limits), torch.arange(len(prompts), device=limits.device)
-        roots = self._first_tokens(scores)
-        batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
         first = torch.zeros_like(rows)[:, None]
-        self._note_gaps(batch, rows, scores.logits, self._times(rows, first), first)
+        times = self._times(rows, first)
+        roots = self._first_tokens(scores, times)
+        batch.append(rows, roots[:, None], torch.ones_like(rows), self.stop_ids)
+        self._note_gaps(batch, rows, scores.logits, times, first)
         self.drafter.begin(tokens, lengths, roots, scores)
         return batch, rows, cache
 
-    def _first_tokens(self, scores: Scores) -> Tensor:
+    def _first_tokens(self, scores: Scores, times: Tensor | None) -> Tensor:
         if self.sampling.is_greedy:
             return most_probable(scores.logits[:, 0])
-        return race(self.sampling.probs(scores.logits[:, 0]), self.race_times[:, 0])
+        return race(self.sampling.probs(scores.logits[:, 0]), times[:, 0])
 
     def _drop_ended(self, batch: _Batch, rows: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         going_on = fill_gaps(~batch.is_done[rows])

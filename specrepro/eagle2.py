@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, eagle3, recipes
+from specrepro import checkpoints, corpus, draft_training, eagle3, recipes
 from specrepro.draft_layer import DraftLayer, LayerConfig, sizes_of
 from specrepro.draft_tree import DraftTree, Growth, keep_nodes
 from specrepro.eagle3 import TreeConfig
@@ -114,7 +114,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, states: Tensor, teacher: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Loss and agreement (M,), as in `cross_entropy`, with the gradient kept."""
         losses, agreement, gradients = [states.new_zeros((), dtype=torch.float)], [], []
-        chunks = (x.split(_CrossEntropy.CHUNK) for x in (states, teacher))
+        size = draft_training.chunk_size(_CrossEntropy.CHUNK, states.device)
+        chunks = (x.split(size) for x in (states, teacher))
         for chunk, wanted in zip(*chunks, strict=True):
             p, leaf = logits(wanted).float().softmax(-1), chunk.detach().requires_grad_()
             with torch.enable_grad():

@@ -81,6 +81,7 @@ class Budget:
     epochs: float = 2.0
     steps: int | None = None  # in place of `epochs`
     num_answers: int | None = None  # of the corpus that shares are of; None is all
+    batch_tokens: int | None = None  # of a step; None is the recipe's
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -125,7 +126,8 @@ class Workshop:
         return recipes.variant(
             variant.method, self.target, features, self.work / variant.name, variant.settings,
             share=self.budget.share_of(variant), epochs=self._epochs(variant, features),
-            num_answers=self.budget.num_answers, evaluations=variant.evaluations,
+            num_answers=self.budget.num_answers, batch_tokens=self.budget.batch_tokens,
+            evaluations=variant.evaluations,
         )  # fmt: skip
 
     def _epochs(self, variant: Variant, features: Path) -> float:
@@ -134,15 +136,15 @@ class Workshop:
             return self.budget.epochs * variant.times
         recipe = Recipe.of(variant.method, self.target)
         answers = self._sample(self.budget.share, features).answers
-        in_one = corpus.num_batches(answers, recipe.batch_tokens, 1.0)
+        batch_tokens = self.budget.batch_tokens or recipe.batch_tokens
+        in_one = corpus.num_batches(answers, batch_tokens, 1.0)
         _, num_ranks = draft_training.join_processes()
         return self.budget.steps * num_ranks / in_one * variant.times
 
-    def _sample(self, share: float, features: Path) -> corpus.FeatureCache:
+    def _sample(self, share: float, features: Path) -> corpus.FeatureCache | corpus.LiveFeatures:
         """The part of the corpus that `recipes.variant` trains on."""
-        sizes = features, self.target.hidden_size
-        total = len(corpus.FeatureCache(*sizes, self.budget.num_answers))
-        return corpus.FeatureCache(*sizes, max(1, round(share * total)))
+        total = len(corpus.features_in(features, self.target, self.budget.num_answers))
+        return corpus.features_in(features, self.target, max(1, round(share * total)))
 
     def _require_same(self, variant: Variant, features: Path) -> None:
         method = recipes.changed(Recipe.of(variant.method, self.target), variant.settings).method
@@ -213,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=Budget().epochs)
     parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
     options = start(parser, arguments)
-    budget = Budget(options.share, options.epochs, options.steps, options.num_answers)
+    sizes = options.num_answers, options.batch_tokens
+    budget = Budget(options.share, options.epochs, options.steps, *sizes)
     workshop = Workshop(load_target(options.target), options.work, budget)
     train_all(workshop, [VARIANTS[name] for name in options.only], options.corpus)
 
@@ -233,6 +236,7 @@ def training_parser(
     parser.add_argument("--work", type=Path, default=work, help="where it goes")
     parser.add_argument("--share", type=float, default=budget.share, help="of the corpus")
     parser.add_argument("--steps", type=int, default=budget.steps, help="on that share")
+    parser.add_argument("--batch-tokens", type=int, help="of a step; the recipe's if left out")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
     return parser
 

@@ -112,7 +112,7 @@ def names() -> list[str]:
 def training_seconds(target: Target, features: Path, num_steps: int = 12) -> dict[str, float]:
     """Median seconds of a training step, of both methods on the same batches in turn."""
     recipes_of = {OURS: Recipe.of(FastEagle, target), EAGLE3: Recipe.of(Eagle3, target)}
-    cache = corpus.FeatureCache(features, target.hidden_size)
+    cache = corpus.features_in(features, target)
     ids = corpus.prompt_ids(target.tokenizer, cache.answers)
     sizes = recipes_of[EAGLE3].batch_tokens, 0, num_steps + 1
     batches = corpus.batch_order(cache.answers, *sizes)
@@ -130,7 +130,7 @@ def training_seconds(target: Target, features: Path, num_steps: int = 12) -> dic
 class _Stepper:
     """Forward, backward and update of one method, timed."""
 
-    def __init__(self, method: Method, target: Target, cache: corpus.FeatureCache):
+    def __init__(self, method: Method, target: Target, cache: corpus.FeatureCache | corpus.LiveFeatures):
         self.target, self.module = target, method.new_module(target, cache.answers)
         self.loss = method.loss(self.module, target)
         trained = [p for p in self.module.parameters() if p.requires_grad]

@@ -81,6 +81,7 @@ class Budget:
     evaluations: int = 4  # looks at held-out tau and reward
     num_held_out: int = 16  # last answers of the corpus, which no arm is trained on
     num_answers: int | None = None  # of the corpus; None is all
+    batch_tokens: int | None = None  # of a step; None is the recipe's
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1 or min(self.steps, self.evaluations, self.num_held_out) < 1:
@@ -127,7 +128,9 @@ class Workshop:
         own = Recipe.of(Gto, self.target)
         is_committed = self.start == eagle3.CHECKPOINT  # whose place no card needs to tell
         settings = {"start": "" if is_committed else str(self.start), **arm.settings}
-        return recipes.changed(replace(own, loop=replace(own.loop, seed=arm.seed)), settings)
+        batch_tokens = self.budget.batch_tokens or own.batch_tokens
+        own = replace(own, loop=replace(own.loop, seed=arm.seed), batch_tokens=batch_tokens)
+        return recipes.changed(own, settings)
 
     def tune(self, arm: Arm, features: Path) -> Path:
         """The arm's checkpoint, tuned unless it is there; goes on where it was interrupted."""
@@ -137,7 +140,7 @@ class Workshop:
         num_answers, steps = self._num_answers(features), self.budget.steps
         if arm.equal_time:
             steps = max(1, round(steps * self.cost_ratio(features)))
-        cache = corpus.FeatureCache(features, self.target.hidden_size, num_answers)
+        cache = corpus.features_in(features, self.target, num_answers)
         recipe = self.recipe(arm)
         _, num_ranks = draft_training.join_processes()
         in_one = corpus.num_batches(cache.answers, recipe.batch_tokens, 1.0)
@@ -160,8 +163,8 @@ class Workshop:
             )
         return min(left, max(1, round(self.budget.share * total)))
 
-    def _whole(self, features: Path) -> corpus.FeatureCache:
-        return corpus.FeatureCache(features, self.target.hidden_size, self.budget.num_answers)
+    def _whole(self, features: Path) -> corpus.FeatureCache | corpus.LiveFeatures:
+        return corpus.features_in(features, self.target, self.budget.num_answers)
 
     def held_out(self, features: Path) -> list[corpus.Batch]:
         """The last answers of the corpus, one a batch."""
@@ -315,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, default=eagle3.CHECKPOINT, help="head to begin from")
     parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
     options = start(parser, arguments)
-    budget = Budget(options.share, options.steps, num_answers=options.num_answers)
+    sizes = {"num_answers": options.num_answers, "batch_tokens": options.batch_tokens}
+    budget = Budget(options.share, options.steps, **sizes)
     workshop = Workshop(load_target(options.target), options.work, options.start, budget)
     tune_all(workshop, [ARMS[name] for name in options.only], options.corpus)
 

@@ -81,7 +81,7 @@ class Recipe:
 def train(
     recipe: Recipe,
     target: Target,
-    features: corpus.FeatureCache,
+    features: corpus.FeatureCache | corpus.LiveFeatures,
     folder: Path,
     *,
     start: Path | None = None,
@@ -161,7 +161,7 @@ def make_checkpoint(
     `evaluations` looks is the one that is kept, unless `score` takes the place of that tau.
     """
     began = time.perf_counter()
-    features = corpus.FeatureCache(corpus_folder, target.hidden_size, num_answers)
+    features = corpus.features_in(corpus_folder, target, num_answers)
     _, num_ranks = draft_training.join_processes()
     steps = corpus.num_batches(features.answers, recipe.batch_tokens, recipe.epochs) // num_ranks
     every = max(1, steps // evaluations)
@@ -192,7 +192,11 @@ def _card_of(folder: Path) -> dict[str, Any]:
 
 
 def _card(
-    recipe: Recipe, target: Target, features: corpus.FeatureCache, work: Path, num_questions: int
+    recipe: Recipe,
+    target: Target,
+    features: corpus.FeatureCache | corpus.LiveFeatures,
+    work: Path,
+    num_questions: int,
 ) -> dict[str, Any]:
     return {
         "target": target.name,
@@ -230,7 +234,7 @@ def held_out_tau(
 ) -> float:
     """tau of greedily decoding 48 tokens of each question: all tokens over all target passes."""
     drafter = method.drafter(copy.deepcopy(module), target)
-    runs = [decode(target, drafter, question, max_new_tokens=48) for question in questions]
+    runs = decode(target, drafter, questions, max_new_tokens=48)
     return sum(len(run.tokens) - 1 for run in runs) / max(1, sum(run.num_passes for run in runs))
 
 
@@ -284,6 +288,7 @@ def variant(
     share: float = 1.0,
     epochs: float = 1.0,
     num_answers: int | None = None,
+    batch_tokens: int | None = None,
     evaluations: int = 1,
 ) -> Path:
     """A checkpoint of the method with some `settings` changed, for comparison with others alike.
@@ -291,8 +296,9 @@ def variant(
     It begins anew and trains `epochs` over a fair `share` of the corpus (of its `num_answers`).
     Goes on where it was interrupted; `work` is a folder of its own.
     """
-    recipe = replace(changed(Recipe.of(method, target), settings or {}), epochs=epochs)
-    total = len(corpus.FeatureCache(features, target.hidden_size, num_answers))
+    recipe = changed(Recipe.of(method, target), settings or {})
+    recipe = replace(recipe, epochs=epochs, batch_tokens=batch_tokens or recipe.batch_tokens)
+    total = len(corpus.features_in(features, target, num_answers))
     return make_checkpoint(
         recipe, target, features, work / "training", work / "checkpoint",
         num_answers=max(1, round(share * total)), evaluations=evaluations, resume=True,
@@ -339,7 +345,7 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         prog=f"python -m specrepro.{method.name}", description=method.__doc__
     )
     parser.add_argument(
-        "corpus", type=Path, help="folder with part-*, from python -m specrepro.corpus"
+        "corpus", type=Path, help="folder of answers: part-* from python -m specrepro.corpus, or corpus/smollm2"
     )
     parser.add_argument("destination", type=Path, help="where the checkpoint goes")
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
@@ -352,6 +358,8 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, help="the recipe's if left out")
     parser.add_argument("--evaluations", type=int, default=4, help="looks at held-out tau")
     parser.add_argument("--epochs", type=float, help="over the corpus; the recipe's if left out")
+    parser.add_argument("--batch-tokens", type=int, help="of each process; the recipe's if left"
+                        " out: a GPU takes more in the same time")  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
     )
@@ -371,6 +379,7 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         recipe,
         loop=replace(recipe.loop, learning_rate=rate),
         epochs=options.epochs or recipe.epochs,
+        batch_tokens=options.batch_tokens or recipe.batch_tokens,
     )
     work = options.work or Path("runs") / method.name
     make_checkpoint(

@@ -22,7 +22,8 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 # `pytest -m gpu` runs the kernels compiled; anything else runs on the CPU, whatever there is beside
-if not any("gpu" in argument for argument in sys.argv[1:]):
+# (processes of xdist have no arguments of their own, and inherit what was decided)
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in one for one in sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # @triton.jit reads this once, so it comes before any specrepro import
 if not torch.cuda.is_available():
