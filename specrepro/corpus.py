@@ -104,7 +104,7 @@ def generate(
     part = Part(folder / f"part-{rank}", target.hidden_size)
     if part.reopen() and part.has_features != keep_features:
         begun = "with" if part.has_features else "without"
-        raise ValueError(f"{folder} was begun {begun} features; go on alike, or name another folder")
+        raise ValueError(f"{folder} was begun {begun} features; go on alike or name another folder")
     done = {_key(a.prompt_id, a.temperature, a.seed) for a in _all_answers(folder)}
     batches = list(_batches(target, questions, max_prompt_tokens, batch_size))
     tasks = [(n, i) for n in range(num_passes) for i in range(len(batches))][rank::num_ranks]

@@ -317,8 +317,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = training_parser("gto_arms", __doc__, ARMS, WORK, Budget())
     parser.add_argument("--start", type=Path, default=eagle3.CHECKPOINT, help="head to begin from")
     parser.add_argument("--num-answers", type=int, help="of the corpus; all if left out")
+    parser.add_argument("--evaluations", type=int, default=Budget().evaluations, help="looks")
     options = start(parser, arguments)
-    sizes = {"num_answers": options.num_answers, "batch_tokens": options.batch_tokens}
+    sizes = {
+        "evaluations": options.evaluations,
+        "num_answers": options.num_answers,
+        "batch_tokens": options.batch_tokens,
+    }
     budget = Budget(options.share, options.steps, **sizes)
     workshop = Workshop(load_target(options.target), options.work, options.start, budget)
     tune_all(workshop, [ARMS[name] for name in options.only], options.corpus)

@@ -345,7 +345,9 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         prog=f"python -m specrepro.{method.name}", description=method.__doc__
     )
     parser.add_argument(
-        "corpus", type=Path, help="folder of answers: part-* from python -m specrepro.corpus, or corpus/smollm2"
+        "corpus",
+        type=Path,
+        help="folder of part-*, from python -m specrepro.corpus, or a packed one: corpus/smollm2",
     )
     parser.add_argument("destination", type=Path, help="where the checkpoint goes")
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
