@@ -248,6 +248,54 @@ def test_recomputed_features_are_those_that_generation_kept(target, whole, tmp_p
     assert (tmp_path / "again" / "part-0" / "taps").stat().st_size == size, "computed twice"
 
 
+def test_processes_recompute_features_of_answers_of_their_own(target, whole, tmp_path):
+    answers = corpus.load(corpus.pack(whole, tmp_path / "packed", {})).answers
+    for rank in range(2):
+        corpus.recompute(target, answers[rank::2], tmp_path / "shared", rank=rank)
+    assert_same_features(target, whole, tmp_path / "shared")
+
+
+def test_live_features_are_those_that_were_kept(target, whole, tmp_path):
+    kept = FeatureCache(whole, target.hidden_size)
+    live = corpus.features_in(corpus.pack(whole, tmp_path / "packed", {}), target)
+    assert isinstance(live, corpus.LiveFeatures) and live.answers == kept.answers
+    assert (live.hash, live.num_answer_tokens) == (kept.hash, kept.num_answer_tokens)
+    ids = corpus.prompt_ids(target.tokenizer, kept.answers)
+    ours, theirs = (one.batch([0, 3, 5], ids) for one in (live, kept))
+    assert len(set(ours.is_answer.sum(1).tolist() + [len(ours.tokens[0])])) > 1, "nothing is padded"
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.is_answer, theirs.is_answer)
+    for row, answer in enumerate(kept.answers[i] for i in (0, 3, 5)):
+        n, first = answer.num_tokens, answer.prompt_tokens
+        assert torch.equal(
+            ours.choices[row, first - 1 : n - 1], theirs.choices[row, first - 1 : n - 1]
+        )
+        for one, other in ((ours.taps, theirs.taps), (ours.hidden, theirs.hidden)):
+            own, kept_bits = one[row, : n - 1], other[row, : n - 1].float()
+            torch.testing.assert_close(own, kept_bits, rtol=BF16_ULP, atol=1e-2)
+            assert not one[row, n:].any(), "padding has features"
+
+
+def test_answers_without_features_are_read_live_and_a_folder_stays_as_it_was_begun(
+    target, whole, tmp_path
+):
+    generate(target, tmp_path, keep_features=False)
+    assert not (tmp_path / "part-0" / "taps").exists()
+    ours, theirs = answers_of(tmp_path), answers_of(whole)
+    greedy = [name for name, answer in theirs.items() if answer.temperature == 0]
+    assert greedy and all(ours[name] == theirs[name] for name in greedy)
+    sampled = [name for name in ours if name not in greedy]
+    assert any(ours[name].tokens != theirs[name].tokens for name in sampled), "nothing was drawn"
+    assert isinstance(corpus.features_in(tmp_path, target), corpus.LiveFeatures)
+    generate(target, tmp_path, keep_features=False)  # finds every answer there
+    assert answers_of(tmp_path) == ours
+    with pytest.raises(ValueError, match="begun without features"):
+        generate(target, tmp_path)
+    assert isinstance(corpus.features_in(whole, target), FeatureCache)
+    with pytest.raises(ValueError, match="no answers"):
+        corpus.features_in(tmp_path / "elsewhere", target)
+
+
 def test_the_command_computes_features_of_a_share_of_the_committed_answers(
     target, whole, tmp_path, monkeypatch
 ):

@@ -273,6 +273,34 @@ def test_race_times_of_neighbouring_seeds_are_exponential_and_unrelated() -> Non
     assert related.abs().max() < 0.07, "four and a half standard errors"
 
 
+def test_without_a_seed_the_first_token_follows_the_target_and_a_batch_repeats_as_a_whole(
+    target: Target,
+) -> None:
+    options = {"max_new_tokens": 2, "temperature": 1.0, "seed": None}
+    copies = [PROMPTS[0]] * 3000
+    torch.manual_seed(5)
+    drawn = tokens_of(decode_autoregressively(target, copies, **options))
+    torch.manual_seed(5)
+    assert tokens_of(decode_autoregressively(target, copies, **options)) == drawn
+    assert tokens_of(decode_autoregressively(target, copies, **options)) != drawn
+    _, scores = target.prefill([PROMPTS[0]], 64)
+    expected = scores.logits[0, 0].double().softmax(-1)
+    first = torch.tensor([tokens[0] for tokens in drawn])
+    found = torch.bincount(first, minlength=len(expected)).double() / len(drawn)
+    deviation = (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((found - expected).abs() <= 4.5 * deviation + 1e-3).all()
+    assert (found > 0).sum() > 1, "the target leaves nothing to draw"
+
+
+def test_a_drafter_that_foresees_draws_wants_a_seed(target: Target) -> None:
+    class Seer(Autoregressive):
+        def foresee(self, times_at: object, sampling: object) -> None: ...
+
+    with pytest.raises(ValueError, match="give a seed, not None"):
+        decode(target, Seer(), PROMPTS[0], temperature=1.0, seed=None)
+    decode(target, Seer(), PROMPTS[0], max_new_tokens=2, seed=None)  # greedy: nothing is drawn
+
+
 def test_small_race_times_are_not_multiples_of_a_step_of_float32() -> None:
     # from uniforms of 24 bits, tokens rarer than 6e-8 would arrive too often or never
     times = position_race_times(range(200), 500, 10_000).flatten().sort().values[:500]

@@ -140,3 +140,20 @@ def test_one_split_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_kernel_adds_in_an_order_of_its_own() -> None:
     source = Path(tree_kernel.__file__).read_text()
     assert not re.search(r"\btl\.atomic|\binline_asm|\bextern_elementwise", source)
+
+
+@pytest.mark.parametrize("head_size", [80, 96, 128])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_no_tile_of_128_rows_meets_wide_heads_on_hopper(
+    head_size: int, deterministic: bool
+) -> None:
+    """On an H100 such tiles gave some wrong rows, others each time; no interpreter shows it."""
+    rows = {
+        kernel_launch.choose_tiles(
+            num_rows, head_size, 2, 90, deterministic, is_plain=is_plain, group=group
+        ).rows
+        for num_rows in (1, 33, 65, 99, 128, 129, 240, 512)
+        for is_plain in (True, False)
+        for group in (1, 3, 4)
+    }
+    assert 64 in rows and 128 not in rows
