@@ -33,6 +33,21 @@ def test_training_from_features_leaves_a_checkpoint_that_drafts(
     assert_says_what_the_target_says(target, drafter)
 
 
+def test_a_packed_corpus_trains_as_its_kept_features_do(chat_target, features, tmp_path):
+    packed = corpus.pack(features, tmp_path / "packed", {})
+    losses, recipe = {}, replace(RECIPE, epochs=4)
+    for name, folder in (("kept", features), ("live", packed)):
+        work = tmp_path / name
+        recipes.make_checkpoint(recipe, chat_target, folder, work, tmp_path / f"{name}-head")
+        lines = map(json.loads, (work / "log.jsonl").read_text().splitlines())
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses["live"]) > 1
+    assert losses["live"] == pytest.approx(losses["kept"], rel=0.02), "rounding is bfloat16's"
+    cards = [json.loads((tmp_path / f"{x}-head" / "card.json").read_text()) for x in losses]
+    assert cards[0]["corpus"] == cards[1]["corpus"]
+    assert cards[0]["answer_tokens"] == cards[1]["answer_tokens"]
+
+
 def test_another_draft_vocabulary_refuses_to_resume(chat_target, features, tmp_path):
     folders = features, tmp_path / "work", tmp_path / "out"
     recipes.make_checkpoint(RECIPE, chat_target, *folders)
