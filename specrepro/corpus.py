@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specrepro import checkpoints, prompts, target_model
-from specrepro.decoding import Autoregressive, Generation, decode, most_probable
+from specrepro.decoding import Autoregressive, decode, most_probable
 from specrepro.target_model import Scores, Target, pad
 from specrepro.tree_verify import Verdict
 
@@ -118,8 +118,8 @@ def generate(
                 name: tokens for name, tokens in batches[place].items() if keys[name] not in done
             }
             if waiting:
-                answer = _answer if keep_features else _answer_alone
-                num_tokens += answer(target, part, waiting, temperature, seeds, max_new_tokens)
+                options = temperature, seeds, max_new_tokens, keep_features
+                num_tokens += _answer(target, part, waiting, *options)
                 bar.set_postfix(tokens_per_second=round(num_tokens / (time.perf_counter() - began)))
             bar.update()
     return part.folder
@@ -155,43 +155,24 @@ def _answer(
     temperature: float,
     seeds: dict[str, int],
     max_new_tokens: int,
+    keep_features: bool,
 ) -> int:
     """Answer one batch of prompts by id, keep what comes of it, and return how many tokens did."""
-    recorder = FeatureRecorder()
-    options = {"temperature": temperature, "seed": [seeds[prompt_id] for prompt_id in batch]}
-    generations = decode(target, recorder, list(batch.values()), max_new_tokens, **options)
-    answers = _answers(batch, generations, temperature, seeds)
-    part.append(answers, recorder.features([answer.num_tokens for answer in answers]))
-    return sum(len(answer.tokens) for answer in answers)
-
-
-def _answer_alone(
-    target: Target,
-    part: Part,
-    batch: dict[str, list[int]],
-    temperature: float,
-    seeds: dict[str, int],
-    max_new_tokens: int,
-) -> int:
-    """As `_answer`, but no features are kept, and the draws are those of the whole batch."""
-    torch.manual_seed(next(seeds[prompt_id] for prompt_id in batch))
-    options = {"temperature": temperature, "seed": None}
-    generations = decode(target, Autoregressive(), list(batch.values()), max_new_tokens, **options)
-    answers = _answers(batch, generations, temperature, seeds)
-    part.append(answers)
-    return sum(len(answer.tokens) for answer in answers)
-
-
-def _answers(
-    batch: dict[str, list[int]],
-    generations: Sequence[Generation],
-    temperature: float,
-    seeds: dict[str, int],
-) -> list[Answer]:
-    return [
+    recorder, seed = (FeatureRecorder() if keep_features else Autoregressive()), None
+    if keep_features:
+        seed = [seeds[name] for name in batch]
+    else:  # the draws are those of the whole batch
+        torch.manual_seed(seeds[next(iter(batch))])
+    generations = decode(
+        target, recorder, list(batch.values()), max_new_tokens, temperature, seed=seed
+    )
+    answers = [
         Answer(name, len(ids), temperature, seeds[name], generation.tokens, _hash_of_ids(ids))
         for (name, ids), generation in zip(batch.items(), generations, strict=True)
     ]
+    lengths = [answer.num_tokens for answer in answers]
+    part.append(answers, recorder.features(lengths) if keep_features else ())
+    return sum(len(answer.tokens) for answer in answers)
 
 
 class FeatureRecorder(Autoregressive):
@@ -388,11 +369,6 @@ class Corpus:
         return Corpus(ranked[:num_answers])
 
 
-def _hash_of(answers: Sequence[Answer]) -> str:
-    """A corpus's hash, in whatever order its answers stand."""
-    return Corpus(sorted(answers, key=lambda answer: (answer.prompt_id, answer.seed))).hash
-
-
 def _order(answer: Answer) -> tuple[bytes, int]:
     """Prompts in the order of their ids' hash, the answers of one side by side."""
     return hashlib.sha256(answer.prompt_id.encode()).digest(), answer.seed
@@ -420,7 +396,30 @@ def most_frequent_tokens(answers: Sequence[Answer], vocab_size: int, num_tokens:
     return counts.sort(descending=True, stable=True).indices[:num_tokens].sort().values
 
 
-class LiveFeatures:
+class Sequences:
+    """Answers in a fair order, and their features by `batch`, wherever these come from."""
+
+    answers: list[Answer]
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def hash(self) -> str:
+        """As of a corpus, in whatever order the answers stand."""
+        ordered = sorted(self.answers, key=lambda answer: (answer.prompt_id, answer.seed))
+        return Corpus(ordered).hash
+
+    def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> Batch:
+        """Sequences `ids`, given the token ids of their prompts."""
+        raise NotImplementedError
+
+
+class LiveFeatures(Sequences):
     """Sequences whose features the target computes each time they are asked for.
 
     On a GPU that takes less time than a disk does, and no room on one.
@@ -428,17 +427,6 @@ class LiveFeatures:
 
     def __init__(self, target: Target, answers: Sequence[Answer]):
         self.target, self.answers = target, sorted(answers, key=_order)
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    @property
-    def num_answer_tokens(self) -> int:
-        return Corpus(self.answers).num_tokens
-
-    @property
-    def hash(self) -> str:
-        return _hash_of(self.answers)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -457,9 +445,7 @@ class LiveFeatures:
         return Batch(tokens, is_token & (places >= starts[:, None]), choices, *features)
 
 
-def features_in(
-    folder: Path, target: Target, max_sequences: int | None = None
-) -> FeatureCache | LiveFeatures:
+def features_in(folder: Path, target: Target, max_sequences: int | None = None) -> Sequences:
     """The sequences of a folder: those of its parts, or of a packed corpus.
 
     Features are read where they were kept, and computed when they are asked for where they were
@@ -474,7 +460,7 @@ def features_in(
     return LiveFeatures(target, Corpus(answers).first(max_sequences).answers)
 
 
-class FeatureCache:
+class FeatureCache(Sequences):
     """Sequences with the target's features, from the parts that generation or `recompute` wrote."""
 
     def __init__(self, folder: Path, hidden_size: int, max_sequences: int | None = None):
@@ -491,21 +477,7 @@ class FeatureCache:
             ]
         self._places.sort(key=lambda place: _order(place[2]))
         self._places = self._places[:max_sequences]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @property
-    def answers(self) -> list[Answer]:
-        return [answer for _, _, answer in self._places]
-
-    @property
-    def num_answer_tokens(self) -> int:
-        return sum(len(answer.tokens) for answer in self.answers)
-
-    @property
-    def hash(self) -> str:
-        return _hash_of(self.answers)
+        self.answers = [answer for _, _, answer in self._places]
 
     def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> Batch:
         """Sequences `ids`, given the token ids of their prompts."""

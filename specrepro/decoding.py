@@ -315,12 +315,11 @@ def position_race_times(seeds: Sequence[int], length: int, vocab_size: int) -> T
 class _FreshTimes:
     """Race times as `position_race_times` has them, but drawn anew each time they are read."""
 
-    def __init__(self, length: int, vocab_size: int, device: torch.device):
-        self.shape = (0, length, sum(vocabulary_grid(vocab_size)))
-        self.device = device
+    def __init__(self, vocab_size: int, device: torch.device):
+        self.num_times, self.device = sum(vocabulary_grid(vocab_size)), device
 
     def __getitem__(self, places: tuple[Tensor, Tensor]) -> Tensor:
-        shape = (*torch.broadcast_shapes(*(one.shape for one in places)), self.shape[-1])
+        shape = (*torch.broadcast_shapes(*(one.shape for one in places)), self.num_times)
         return torch.empty(shape, device=self.device).exponential_().clamp_min_(2**-54)
 
 
@@ -332,7 +331,7 @@ def _race_times(
         return position_race_times(seeds, length, target.vocab_size).to(target.device)
     if hasattr(drafter, "foresee"):
         raise ValueError("this drafter foresees the target's draws: give a seed, not None")
-    return _FreshTimes(length, target.vocab_size, target.device)
+    return _FreshTimes(target.vocab_size, target.device)
 
 
 def fill_gaps(is_kept: Tensor) -> Tensor:

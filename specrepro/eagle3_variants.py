@@ -141,7 +141,7 @@ class Workshop:
         _, num_ranks = draft_training.join_processes()
         return self.budget.steps * num_ranks / in_one * variant.times
 
-    def _sample(self, share: float, features: Path) -> corpus.FeatureCache | corpus.LiveFeatures:
+    def _sample(self, share: float, features: Path) -> corpus.Sequences:
         """The part of the corpus that `recipes.variant` trains on."""
         total = len(corpus.features_in(features, self.target, self.budget.num_answers))
         return corpus.features_in(features, self.target, max(1, round(share * total)))

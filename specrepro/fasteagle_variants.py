@@ -130,9 +130,7 @@ def training_seconds(target: Target, features: Path, num_steps: int = 12) -> dic
 class _Stepper:
     """Forward, backward and update of one method, timed."""
 
-    def __init__(
-        self, method: Method, target: Target, cache: corpus.FeatureCache | corpus.LiveFeatures
-    ):
+    def __init__(self, method: Method, target: Target, cache: corpus.Sequences):
         self.target, self.module = target, method.new_module(target, cache.answers)
         self.loss = method.loss(self.module, target)
         trained = [p for p in self.module.parameters() if p.requires_grad]

@@ -163,7 +163,7 @@ class Workshop:
             )
         return min(left, max(1, round(self.budget.share * total)))
 
-    def _whole(self, features: Path) -> corpus.FeatureCache | corpus.LiveFeatures:
+    def _whole(self, features: Path) -> corpus.Sequences:
         return corpus.features_in(features, self.target, self.budget.num_answers)
 
     def held_out(self, features: Path) -> list[corpus.Batch]:

@@ -81,7 +81,7 @@ class Recipe:
 def train(
     recipe: Recipe,
     target: Target,
-    features: corpus.FeatureCache | corpus.LiveFeatures,
+    features: corpus.Sequences,
     folder: Path,
     *,
     start: Path | None = None,
@@ -194,7 +194,7 @@ def _card_of(folder: Path) -> dict[str, Any]:
 def _card(
     recipe: Recipe,
     target: Target,
-    features: corpus.FeatureCache | corpus.LiveFeatures,
+    features: corpus.Sequences,
     work: Path,
     num_questions: int,
 ) -> dict[str, Any]:
