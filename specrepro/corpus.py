@@ -364,14 +364,25 @@ class Corpus:
         return digest.hexdigest()
 
     def first(self, num_answers: int | None) -> Corpus:
-        """A fair sample: prompts are in the order of their ids' hash."""
+        """A fair sample of the answers, as `_order` has them."""
         ranked = sorted(self.answers, key=_order)
         return Corpus(ranked[:num_answers])
 
+    def without(self, other: Corpus) -> Corpus:
+        """The answers that `other` does not have, by prompt, temperature and seed."""
+        theirs = {_key(a.prompt_id, a.temperature, a.seed) for a in other.answers}
+        return Corpus(
+            [a for a in self.answers if _key(a.prompt_id, a.temperature, a.seed) not in theirs]
+        )
+
 
 def _order(answer: Answer) -> tuple[bytes, int]:
-    """Prompts in the order of their ids' hash, the answers of one side by side."""
-    return hashlib.sha256(answer.prompt_id.encode()).digest(), answer.seed
+    """Prompts in an order drawn by hash, the answers of one side by side.
+
+    By another hash than prompts are answered in: where only the first of those were sampled too,
+    each share of the corpus has its share of sampled answers.
+    """
+    return hashlib.sha256(f"share {answer.prompt_id}".encode()).digest(), answer.seed
 
 
 def has_answers(folder: Path) -> bool:
@@ -630,7 +641,9 @@ def _parser() -> argparse.ArgumentParser:
                         " answers large batches faster")  # fmt: skip
     parser.add_argument("--committed", action="store_true",
                         help="compute the features of the committed answers alone")  # fmt: skip
-    parser.add_argument("--share", type=float, default=1.0, help="of the committed answers")
+    parser.add_argument("--without", type=Path, help="less those of this packed corpus: what a"
+                        " head was trained on")  # fmt: skip
+    parser.add_argument("--share", type=float, default=1.0, help="of these committed answers")
     return parser
 
 
@@ -646,6 +659,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--share is {options.share}; give a part of the committed answers, above 0")
     if options.committed:
         answers = load(COMMITTED)
+        if options.without is not None:
+            answers = answers.without(load(options.without))
         chosen = answers.first(round(options.share * len(answers.answers))).answers
         options.folder.mkdir(parents=True, exist_ok=True)
         own = chosen[options.rank :: options.num_ranks]

@@ -64,10 +64,13 @@ def train(
     folder: Path,
     *,
     score: Callable[[nn.Module], float] | None = None,
+    keeps_last: bool = False,
     resume: bool = False,
     identity: dict[str, object] | None = None,
 ) -> nn.Module:
     """Train `module` for `config.total_steps`, and return it in the state of the highest `score`.
+
+    Or, with `keeps_last`, in its last state, as heads want that are compared after equal steps.
 
     Without `resume` an earlier run's state and log in `folder` are removed first. `score` measures
     the drafter as it will be used (tau on held-out prompts), since the loss goes on falling after
@@ -75,7 +78,7 @@ def train(
     must have the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(module, config, folder, dict(identity or {}) | {"loop": asdict(config)})
+    run = _Run(module, config, folder, dict(identity or {}) | {"loop": asdict(config)}, keeps_last)
     first_step = run.restore() if resume else 0
     if first_step == 0:
         run.clear()
@@ -186,9 +189,10 @@ def scores(folder: Path) -> dict[int, float]:
     return {line["step"] + 1: line["score"] for line in lines if "score" in line}
 
 
-def best_score(folder: Path) -> float:
-    """The highest score that a run's log holds."""
-    return max(scores(folder).values(), default=math.nan)
+def kept_score(folder: Path, keeps_last: bool = False) -> float:
+    """The highest score that a run's log holds, or its last: that of the state it returned."""
+    found = list(scores(folder).values()) or [math.nan]
+    return found[-1] if keeps_last else max(found)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -262,9 +266,15 @@ class _Run:
     """What a training run leaves in its folder."""
 
     def __init__(
-        self, module: nn.Module, config: LoopConfig, folder: Path, identity: dict[str, object]
+        self,
+        module: nn.Module,
+        config: LoopConfig,
+        folder: Path,
+        identity: dict[str, object],
+        keeps_last: bool,
     ):
         self.module, self.config, self.folder = module, config, folder
+        self.keeps_last = keeps_last
         self.identity = json.loads(json.dumps(identity))  # as it will read when it comes back
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -360,7 +370,7 @@ class _Run:
 
     def _keep_if_best(self, step: int, score: float) -> None:
         self.log(step, {"score": score})
-        if self.is_first and score > self.best:
+        if self.is_first and score > self.best and not self.keeps_last:
             self.best = score
             checkpoints.save_tensors(self.folder / BEST, dict(self.module.named_parameters()))
 

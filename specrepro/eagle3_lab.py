@@ -7,7 +7,9 @@ STAGE ...` measures single stages as `full` does, on what is trained, and puts t
 figures/eagle3/results.csv.
 
 Rows of heads that were trained on one budget carry `budget` "equal" and say what it was
-(`trained_tokens`, `steps`); they are never mixed with those of the committed head.
+(`trained_tokens`, `steps`, `trained_positions`); they are never mixed with those of the committed
+head, and outlive it. Every stage has a file of records of its own, so what its rows compare was
+timed in turns; heads that are to be compared by the clock have to be there when it is taken.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from specrepro.target_model import EMBEDDED, Target
 from specrepro.training_cards import budget_of, card_of, training_rows
 
 OURS, EQUAL = "EAGLE-3", "equal"
+SHARED, LONG = "equal epochs", "as many steps as on all"
 ITSELF = "the target itself"
 Load = Callable[[Target], Drafter]
 ALL_SETS = ("chat", "humaneval", "maths", "instruction", "summarisation")
@@ -67,6 +70,13 @@ ABLATED = {  # variant -> its name in tables
     "eagle3_final": "EAGLE-3 (top feature only)",
     "eagle3_no_ttt": "EAGLE-3 (no training-time test)",
     "eagle3_final_no_ttt": "EAGLE-3 (top feature only, no training-time test)",
+    "eagle3_target_head": "EAGLE-3 (output head begun as the target's)",
+}
+CHAINS = {  # variants whose n-alpha is measured -> their loader of a chain, and their name
+    **{name: (eagle3, "EAGLE-3 chain", method) for name, method in ABLATED.items()},
+    "eagle3_ttt_5": (eagle3, "EAGLE-3 chain", "EAGLE-3 (5 steps of training-time test)"),
+    "eagle2": (eagle2, "EAGLE chain", "EAGLE"),
+    "eagle2_no_feature_loss": (eagle2, "EAGLE chain", "EAGLE (no feature loss)"),
 }
 VARIED = {  # variant -> what is varied, and its level
     "eagle3_no_ttt": ("training-time-test steps", 1),
@@ -97,6 +107,8 @@ STAGES = (
     "sweep", "headroom", "training", "audit_greedy", "audit_sampled",
 )  # fmt: skip
 AUDITS = STAGES[-2:]
+ALIKE = ("ablation", "ablation_by_depth", "data_scaling", "sensitivity")  # the committed head aside
+FEWEST_BATCHES = 3  # of more than one sequence: an interval wants as many
 PLANS = {
     "smoke": Plan(
         ("baselines", "throughput", "sweep", "training"), 1, ("chat", "maths"), (0.0,),
@@ -147,6 +159,7 @@ class Lab:
     trains: bool = True  # variants that a stage of this tier lacks
 
     stages: ClassVar[tuple[str, ...]] = STAGES
+    alike: ClassVar[tuple[str, ...]] = ALIKE  # stages that the head itself has no part in
     plans: ClassVar[Mapping[str, Any]] = PLANS
     drawings: ClassVar[Mapping[str, Any]] = eagle3_figures.DRAWINGS
 
@@ -175,7 +188,8 @@ class Lab:
             return True
         found = getattr(self, stage)() if is_measured else _none()
         if len(found):
-            self.run.keep(found.assign(stage=stage, checkpoint=self._digest))
+            named = {} if stage in self.alike else {"checkpoint": self._digest}
+            self.run.keep(found.assign(stage=stage, **named))
         return len(found) > 0
 
     @cached_property
@@ -220,14 +234,14 @@ class Lab:
 
     def ablation_by_depth(self) -> pd.DataFrame:
         """Rows of quantity "ablation_by_depth": n-alpha on chains, of heads of one budget."""
-        entries = [replace(one, load=_chain(one.checkpoint)) for one in self._alike(ABLATED)]
-        for folder in self._folders(["eagle2"]).values():
-            load = eagle2.drafters(folder)["EAGLE chain"]
-            entries.append(Entry("EAGLE", load, self._budget_of("eagle2"), folder))
-        entries = [replace(one, columns={**one.columns, "shape": "chain"}) for one in entries]
+        entries = []
+        for name, folder in self._same_budget(self._folders(CHAINS)).items():
+            module, chain, method = CHAINS[name]
+            columns = self._budget_of(name) | {"shape": "chain"}
+            entries.append(Entry(method, module.drafters(folder)[chain], columns, folder))
         if not entries:
             return pd.DataFrame()
-        records, _ = self._measure("", entries, ("chat",), (0.0,))
+        records, _ = self._measure("ablation_by_depth", entries, ("chat",), (0.0,))
         drafted = [record for record in records if record.method != AUTOREGRESSIVE]
         levels = max(num for record in drafted for num in record.drafted)  # of a chain, its length
         found = rows.acceptance_by_depth(drafted, levels)
@@ -243,7 +257,12 @@ class Lab:
             for name, folder in self._folders(scales).items():
                 columns = {"data_scale": scales[name] / min(SCALES)} | self._budget_of(name)
                 entries.append(Entry(method, _tree(folder, base), columns, folder))
-        return self._measure("data_scaling", entries, ("chat",), (0.0,))[1] if entries else _none()
+        for name, folder in self._folders([OVER_TRAINING.name]).items():
+            columns = {"data_scale": 1.0} | self._budget_of(name)
+            entries.append(Entry(f"{OURS} ({LONG})", _tree(folder, "eagle3"), columns, folder))
+        if not entries:
+            return _none()
+        return self._measure("data_scaling", entries, ("chat",), (0.0,))[1].assign(budget=SHARED)
 
     def sensitivity(self) -> pd.DataFrame:
         """Rows of quantity "sensitivity": tau by draft vocabulary and training-time-test steps."""
@@ -281,7 +300,7 @@ class Lab:
             for top_k in self.plan.widths:
                 trees = [TreeConfig(depth, top_k, size) for size in self.plan.sizes]
                 entries += [self._of_tree(tree) for tree in trees]
-        _, found = self._measure("sweep", entries, ("chat",), (0.0,), file="sweep")
+        _, found = self._measure("sweep", entries, ("chat",), (0.0,))
         return found[found["method"] == OURS]
 
     def headroom(self) -> pd.DataFrame:
@@ -417,17 +436,21 @@ class Lab:
         temperatures: Sequence[float],
         *,
         batch: int = 1,
-        file: str = "lab",
+        file: str = "",
     ) -> tuple[list[Record], pd.DataFrame]:
-        """Records of every entry, by its key, and its rows, by its method."""
+        """Records of every entry, by its key, and its rows, by its method.
+
+        What one `file` holds was timed in turns; it is the quantity's own if left out.
+        """
         methods = {one.key: lambda one=one: one.load(self.run.target) for one in entries}
         wanted = min(self.plan.num_prompts, self.run.num_prompts)
-        num_prompts, records = max(batch, wanted // batch * batch), []  # whole batches
+        fewest = 1 if batch == 1 else FEWEST_BATCHES
+        num_prompts, records = batch * max(fewest, wanted // batch), []
         for name in sets:
             for temperature in temperatures:
                 records += measure.compare(
                     self.run.target, methods, self.run.questions(name, num_prompts), prompts=name,
-                    path=self.run.records / f"{file}.jsonl", temperature=temperature,
+                    path=self.run.records / f"{file or quantity}.jsonl", temperature=temperature,
                     max_new_tokens=self.run.max_new_tokens, batch=batch, seed=self.run.seed,
                 )  # fmt: skip
         found = self._named(self.run.decode_rows(records), entries)
@@ -459,10 +482,6 @@ class Lab:
 
 def _none() -> pd.DataFrame:
     return pd.DataFrame()
-
-
-def _chain(folder: Path) -> Load:
-    return eagle3.drafters(folder)["EAGLE-3 chain"]
 
 
 def _tree(folder: Path, method: str, tree: TreeConfig | None = None) -> Load:

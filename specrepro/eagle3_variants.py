@@ -53,9 +53,15 @@ ABLATION = (
     Variant("eagle3_final", Eagle3, {"features": "final"}),
     Variant("eagle3_no_ttt", Eagle3, {"training.steps": 1}),
     Variant("eagle3_final_no_ttt", Eagle3, {"features": "final", "training.steps": 1}),
+    Variant(
+        "eagle2_no_feature_loss", Eagle2,
+        {"training.regression": 0.0, "training.classification": 1.0},
+    ),
+    # the others begin with the target's own output head, EAGLE-3 with a random one
+    Variant("eagle3_target_head", Eagle3, {"training.lm_head_init": "target"}),
     Variant("medusa", Medusa),
     Variant("draft_lm", DraftLM),
-)
+)  # fmt: skip
 SENSITIVITY = (
     Variant("eagle3_ttt_2", Eagle3, {"training.steps": 2}),
     Variant("eagle3_ttt_5", Eagle3, {"training.steps": 5}),
@@ -69,7 +75,8 @@ SCALING = tuple(
     if scale != 1  # which the ablation trains
     for method in (Eagle3, Eagle2)
 )
-OVER_TRAINING = Variant("eagle3_long", Eagle3, scale=0.5, times=6, evaluations=12)
+# the smallest share for as many steps as the largest: what more data alone brings
+OVER_TRAINING = Variant("eagle3_long", Eagle3, scale=0.5, times=8, evaluations=12)
 VARIANTS = {one.name: one for one in (*ABLATION, *SENSITIVITY, *SCALING, OVER_TRAINING)}
 
 
@@ -183,6 +190,8 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def train_all(workshop: Workshop, variants: Sequence[Variant], features: Path) -> None:
     """Train what no other process is training, and print the time that each took."""
+    for variant in variants:
+        workshop.budget.share_of(variant)  # before hours are spent on the others
     for variant in variants:
         was_there = workshop.card(variant) is not None
         with claimed(workshop.work / variant.name) as is_ours:

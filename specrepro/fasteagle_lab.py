@@ -99,6 +99,7 @@ class Lab(eagle3_lab.Lab):
     bench: Bench | None = None
 
     stages: ClassVar[tuple[str, ...]] = STAGES
+    alike: ClassVar[tuple[str, ...]] = ()
     plans: ClassVar[Mapping[str, Plan]] = PLANS
     drawings: ClassVar[Mapping[str, Any]] = fasteagle_figures.DRAWINGS
 

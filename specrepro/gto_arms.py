@@ -6,9 +6,13 @@ same command; started twice, the two share the work. The corpus must not change 
 
 All begin from the same head and take as many steps over the same share of the corpus, except arms
 of equal time: those train on the token loss alone for as long as GTO takes for its steps, going by
-what a step of either costs on this machine (`cost.json`, throughput and memory beside it). At every
-look each head is also asked for the reward of its trees on answers that none is trained on
-(`looks.jsonl`).
+what a step of either costs on this machine (`cost.json`, throughput and memory beside it). Each
+ends in its last state, whatever its looks said. At every look a head is also asked for the reward
+of its trees on the corpus's last answers, which no arm is trained on (`looks.jsonl`).
+
+The first head should not have seen the corpus either: it would have learnt by heart what the arms
+can only unlearn. `python -m specrepro.corpus runs/corpus --committed --without FOLDER` leaves out
+the answers of the packed corpus it was trained on.
 """
 
 from __future__ import annotations
@@ -60,15 +64,15 @@ HEADLINE = tuple(
 )
 ABLATION = (
     Arm("no_debias", "GTO without debiasing", {"tuning.debias": False}),
-    # a group of one has no advantage, whatever its tree: so none is drafted
-    Arm("groups_1", "GTO, groups of 1", {"tuning.group_size": 1, **TOKENS_ALONE}),
     *(Arm(f"groups_{m}", f"GTO, groups of {m}", {"tuning.group_size": m}) for m in (4, 16)),
     Arm("reward_max", "GTO, max over branches", {"tuning.reward": "max"}),
     Arm("reward_mean", "GTO, mean over branches", {"tuning.reward": "mean"}),
-    Arm("reward_expected", "GTO, expected tokens", {"tuning.reward": "expected"}),
     Arm("reward_lme", "GTO, log-mean-exp", {"tuning.reward": "log-mean-exp"}),
+    Arm("weight_5", "GTO, ten times the weight", {"tuning.weight": 5.0}),
+    Arm("reward_expected", "GTO, expected tokens", {"tuning.reward": "expected"}),
     Arm("greedy", "GTO, greedy rewards", {"tuning.greedy": True}),
 )
+GROUPS_OF_1 = "GTO, groups of 1"  # which have no advantage, whatever the trees: the token loss alone
 ARMS = {arm.name: arm for arm in (*HEADLINE, *ABLATION)}
 
 
@@ -149,7 +153,7 @@ class Workshop:
         return recipes.make_checkpoint(
             recipe, self.target, features, training, self.folder(arm), start=self.start,
             evaluations=self.budget.evaluations, num_answers=num_answers, resume=True,
-            score=_Look(self, recipe, training, self.held_out(features)),
+            keeps_last=True, score=_Look(self, recipe, training, self.held_out(features)),
         )  # fmt: skip
 
     def _num_answers(self, features: Path) -> int:
@@ -256,7 +260,7 @@ def _peak(device: torch.device) -> float:
 
 
 class _Look:
-    """A look at a head in training: its tau picks the best state, its reward is noted beside."""
+    """A look at a head in training: its tau, and its reward beside."""
 
     def __init__(
         self, workshop: Workshop, recipe: Recipe, training: Path, batches: list[corpus.Batch]

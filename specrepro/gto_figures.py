@@ -37,6 +37,12 @@ PATHS = {  # column of rows -> what it is
     "tau": "tokens in the tree",
 }
 
+GAINS = {  # metric of rows -> what it is, at a position
+    "accepted": "accepted tokens",
+    "log-sum-exp": "draft tree reward",
+    "expected": "tokens that sampling accepts",
+}
+
 
 def paths(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     """Figure 2: how often trees lose or leave the greedy path, and what they win beside it."""
@@ -123,6 +129,27 @@ def ablation(rows: pd.DataFrame, reported: Reported = None) -> Figure:
                 _relative(axes, there[there["method"].isin(methods)], methods, hollow=True)
             axes.axvline(1, **_DASHED)
             axes.set_xlabel(f"tau, relative to GTO (temperature {temperature:g})")
+        panels[0].set_yticks(range(len(methods)), methods)
+        _footnote(figure, ours)
+        return figure
+
+
+def held_out(rows: pd.DataFrame, reported: Reported = None) -> Figure:
+    """What each arm gains over the first head at every position; a dot for each seed."""
+    ours = _of_quantity(rows, "held_out_gain", ["method", "metric", "value"])
+    ours = ours[ours["prompts"] == "by arm"]
+    methods = list(dict.fromkeys(ours["method"]))[::-1]
+    with style():
+        figure = _figure(0.6 + 3.4 * len(GAINS), 0.8 + 0.3 * len(methods))
+        panels = figure.subplots(1, len(GAINS), sharey=True)
+        for axes, (metric, label) in zip(panels, GAINS.items(), strict=True):
+            mine = ours[ours["metric"] == metric]
+            places = mine["method"].map(methods.index) + 0.15 * (1 - mine["train_seed"])
+            low, high = _interval(mine, "value")
+            axes.hlines(places, low, high, color="black", linewidth=1.0)
+            axes.plot(mine["value"], places, "o", color="black", markersize=3)
+            axes.axvline(0, **_DASHED)
+            axes.set_xlabel(f"{label}, less the first head's")
         panels[0].set_yticks(range(len(methods)), methods)
         _footnote(figure, ours)
         return figure
@@ -239,6 +266,7 @@ DRAWINGS: dict[str, tuple[str, Callable[[pd.DataFrame, Reported], Figure]]] = {
     "shapes": ("fig_5_tree_shapes", shapes),
     "arms": ("fig_6_equal_steps_and_time", arms),
     "ablation": ("fig_7_ablation", ablation),
+    "held_out": ("fig_10_held_out_trees", held_out),
     "learning": ("fig_8_learning", learning),
     "statistics": ("fig_9_training_statistics", statistics),
 }

@@ -17,20 +17,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from specrepro import checkpoints, eagle3, eagle3_lab, experiment, gto, gto_figures, recipes, rows
 from specrepro.eagle3 import TreeConfig
 from specrepro.eagle3_lab import Entry
-from specrepro.gto_arms import ABLATION, ARMS, HEADLINE, WORK, Arm, Workshop
-from specrepro.gto_rows import Answered, path_rows, reward_rows
+from specrepro.gto_arms import ABLATION, ARMS, GROUPS_OF_1, HEADLINE, WORK, Arm, Workshop
+from specrepro.gto_rows import (
+    TREE_VALUES,
+    Answered,
+    held_out_rows,
+    path_rows,
+    reward_rows,
+    tree_values,
+)
 from specrepro.measure import AUTOREGRESSIVE, Record, target_name
 from specrepro.recipes import Recipe
 from specrepro.training_cards import card_of
 
 OURS, FIRST = "GTO", "EAGLE-3"
 SETS = ("chat", "humaneval", "maths")  # the paper's
-STAGES = ("paths", "rewards", "shapes", "arms", "ablation", "learning", "statistics")
+STAGES = ("paths", "rewards", "shapes", "arms", "ablation", "held_out", "learning", "statistics")
 LOGGED = ("clipped", "silent_groups", "ratio_deviation", "reward_gap")
 
 
@@ -62,6 +71,7 @@ class Lab(eagle3_lab.Lab):
     workshop: Workshop | None = None
 
     stages: ClassVar[tuple[str, ...]] = STAGES
+    alike: ClassVar[tuple[str, ...]] = ()
     plans: ClassVar[Mapping[str, Plan]] = PLANS
     drawings: ClassVar[Mapping[str, Any]] = gto_figures.DRAWINGS
 
@@ -90,14 +100,15 @@ class Lab(eagle3_lab.Lab):
     def rewards(self) -> pd.DataFrame:
         """Rewards of both heads' trees, and ratios, on the target's own greedy answers."""
         method, loss = self._ruler(), self._loss()
-        tables = []
-        for name in SETS:
-            questions = self.run.questions(name, self._num_prompts())
-            records = self._records([], (name,), (0.0,))
-            answers = {one.prompt_id: one.tokens for one in records if one.error is None}
-            answered = [Answered(ids, answers[key]) for key, ids in questions if key in answers]
-            tables.append(reward_rows(loss, answered, prompts=name))
+        tables = [reward_rows(loss, self._answered(name), prompts=name) for name in SETS]
         return pd.concat(tables).assign(reward=method.tuning.reward)
+
+    def _answered(self, name: str) -> list[Answered]:
+        """The prompts of a set that the target has answered greedily."""
+        questions = self.run.questions(name, self._num_prompts())
+        records = self._measure("rewards", [], (name,), (0.0,))[0]
+        answers = {one.prompt_id: one.tokens for one in records if one.error is None}
+        return [Answered(ids, answers[key]) for key, ids in questions if key in answers]
 
     def shapes(self) -> pd.DataFrame:
         """Rows of quantity "shapes": both heads on trees of other shapes, and the gain there."""
@@ -135,13 +146,55 @@ class Lab(eagle3_lab.Lab):
 
     def ablation(self) -> pd.DataFrame:
         """Rows of quantity "ablation": GTO of the first seed, and its variants (Tables 3 to 5)."""
-        folders = self._folders([HEADLINE[0].name, *(arm.name for arm in ABLATION)])
+        folders = self._folders([arm.name for arm in (*HEADLINE[:2], *ABLATION)])
         entries = [self._of_arm(ARMS[name], folder) for name, folder in folders.items()]
+        entries = [
+            replace(one, method=GROUPS_OF_1) if one.method == HEADLINE[1].method else one
+            for one in entries
+        ]
         if not entries or entries[0].method != OURS:
             return pd.DataFrame()
         records, found = self._measure("ablation", entries, SETS, self.plan.temperatures)
         pairs = [(entries[0].key, other.key) for other in entries[1:]]
         return pd.concat([found, self._paired(records, pairs, entries)])
+
+    def held_out(self) -> pd.DataFrame:
+        """Rows of quantity "held_out_gain": trees at every position of answers to all sets' prompts.
+
+        Of each arm (`variant`) over the first head, and of methods, seeds pooled, over each other.
+        """
+        folders = self._folders(list(ARMS))
+        if not folders:
+            return pd.DataFrame()
+        sums = {name: self._sums(name, folder) for name, folder in folders.items()}
+        first, tables, pooled = self._sums("start", self.start), [], {}
+        for name, own in sums.items():
+            arm = ARMS[name]
+            pooled.setdefault(arm.method, []).append(own)
+            table = held_out_rows({arm.method: [own], FIRST: [first]}, [(arm.method, FIRST)])
+            tables.append(table.assign(variant=name, train_seed=arm.seed, prompts="by arm"))
+        methods = [arm.method for arm in HEADLINE[:3] if arm.method in pooled]
+        pairs = [(method, FIRST) for method in methods]
+        pairs += [(OURS, other) for other in methods[1:]]
+        together = held_out_rows(pooled | {FIRST: [first]}, pairs)
+        return pd.concat([together, *tables]).assign(temperature=0.0)
+
+    def _sums(self, name: str, folder: Path) -> np.ndarray:
+        """(answers, 1 + TREE_VALUES) of the head in a folder; taken once."""
+        digest = checkpoints.digest(folder)[:8]
+        place = f"held_out_{name}_{digest}_{self._num_prompts()}"
+        table = self.run.once(place, lambda: self._tree_values(folder))
+        return table[["positions", *TREE_VALUES]].to_numpy(float)
+
+    def _tree_values(self, folder: Path) -> pd.DataFrame:
+        head, target = eagle3.load_head(folder)[0], self.run.target
+        drafter = gto.GroupDrafter(head, target, self._ruler().tree)
+        found = [
+            tree_values(target, drafter, one.batch(target))
+            for name in SETS
+            for one in tqdm(self._answered(name), desc=f"trees of {folder}, {name}")
+        ]
+        return pd.DataFrame(found, columns=["positions", *TREE_VALUES])
 
     def learning(self) -> pd.DataFrame:
         """Rows of quantity "learning": held-out tau and gain in reward as training went on.
@@ -151,7 +204,9 @@ class Lab(eagle3_lab.Lab):
         found = []
         for name in self._folders(list(ARMS)):
             named = self._named_arm("learning", ARMS[name])
-            found += [named | look for look in self.workshop.looks(ARMS[name])]
+            start = self.workshop.card(ARMS[name])["start"]  # itself, so its gain is none
+            first = {"step": 0, "tau": start.get("held_out_tau"), "reward_gap": 0.0}
+            found += [named | look for look in (first, *self.workshop.looks(ARMS[name]))]
         return pd.DataFrame(found + (_cost_rows(self.workshop.costs()) if found else []))
 
     def statistics(self, every: int = 20) -> pd.DataFrame:
@@ -214,11 +269,6 @@ class Lab(eagle3_lab.Lab):
     def _named_arm(self, quantity: str, arm: Arm) -> dict[str, Any]:
         named = {"quantity": quantity, "method": arm.method, "prompts": "held out"}
         return named | {"temperature": 0.0, "variant": arm.name, "train_seed": arm.seed}
-
-    def _records(
-        self, entries: Sequence[Entry], sets: Sequence[str], temperatures: Sequence[float]
-    ) -> list[Record]:
-        return self._measure("", entries, sets, temperatures)[0]
 
 
 def pool_seeds(records: Sequence[Record], arms: Mapping[str, Arm], first: str) -> list[Record]:

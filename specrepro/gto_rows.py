@@ -1,4 +1,5 @@
-"""What GTO's figures are of beside speed: greedy paths in trees (Figure 2), rewards and ratios.
+"""What GTO's figures are of beside speed: greedy paths in trees (Figure 2), rewards and ratios,
+and what heads tuned alike have accepted at every position of answers that none was trained on.
 
 A tree's greedy path goes from each node to the drafter's own first choice. It is pruned where it
 ends above the deepest level. How far a pruned path would have gone on being accepted nobody asks,
@@ -15,14 +16,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from specrepro import corpus, rows
+from specrepro import corpus, eagle3, rows
 from specrepro.decoding import Drafter, decode, most_probable
 from specrepro.draft_tree import DraftTree
-from specrepro.gto import GroupTreeLoss, is_clipped
+from specrepro.forest import judge
+from specrepro.gto import REWARDS, GroupDrafter, GroupTreeLoss, is_clipped, tree_reward
 from specrepro.target_model import Scores, Target
-from specrepro.tree_verify import Verdict
+from specrepro.tree_verify import Verdict, verify_greedy
 
 PATH_COUNTS = ["rounds", "pruned", "accepting", "on_greedy_path", "greedy_tokens", "tokens"]
+TREE_VALUES = ("accepted", *REWARDS)  # of a tree: tokens that the target accepts, and rewards
 Question = tuple[str, Sequence[int]]  # a prompt's id and its token ids
 
 
@@ -202,3 +205,46 @@ def _ratio_values(ratios: Tensor, bins: int) -> list[dict[str, object]]:
         named | {"level": round(low + width * place, 4), "value": share}
         for place, share in enumerate(shares.tolist())
     ]
+
+
+# --- heads beside each other, at every position
+
+
+def tree_values(target: Target, drafter: GroupDrafter, batch: corpus.Batch) -> np.ndarray:
+    """(1 + TREE_VALUES,) positions of one answer, and sums of what is said of the trees there.
+
+    A tree stands at every position, as decoding would draft it had it come there. Unlike rounds,
+    positions are the same for every head, so heads are told apart by far fewer answers.
+    """
+    positions = eagle3.supervised_rows(batch.is_answer, step=0)[0].nonzero().T
+    trees = drafter.trees(batch.tokens, drafter.head.read(batch), positions)
+    is_row = torch.ones_like(positions, dtype=torch.bool)
+    (judged,) = judge(target, batch.tokens, positions, is_row, [trees])
+    sums = [verify_greedy(trees, judged.choices).num_accepted.sum()]
+    sums += [tree_reward(trees, judged.probs, kind).sum() for kind in REWARDS]
+    return np.array([positions.shape[1], *map(float, sums)])
+
+
+def held_out_rows(
+    arms: Mapping[str, Sequence[np.ndarray]], pairs: Sequence[tuple[str, str]]
+) -> pd.DataFrame:
+    """Rows of quantity "held_out_gain": `method` less `versus` in each of TREE_VALUES a position.
+
+    `arms` has, for every seed of a method, what `tree_values` says of the same answers (answers, 1
+    + TREE_VALUES); seeds are pooled answer by answer, and intervals are over answers.
+    """
+    found = []
+    for method, versus in pairs:
+        both = [np.sum(arms[name], 0) for name in (method, versus)]
+        units = np.concatenate(both, 1)
+        totals, draws = units.sum(0), rows.bootstrap(units)
+        named = {"quantity": "held_out_gain", "method": method, "versus": versus}
+        named |= {"prompts": "all", "num_prompts": len(units), "num_seeds": len(arms[method])}
+        for place, metric in enumerate(TREE_VALUES, 1):
+
+            def gain(c: np.ndarray, place: int = place) -> np.ndarray:
+                ours, theirs = np.split(c, 2, -1)
+                return ours[..., place] / ours[..., 0] - theirs[..., place] / theirs[..., 0]
+
+            found.append(named | {"metric": metric} | _with_interval("value", gain, totals, draws))
+    return pd.DataFrame(found)

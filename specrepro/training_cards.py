@@ -40,13 +40,14 @@ def _num_steps(card: Mapping[str, Any]) -> int:
 
 
 def budget_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a head was trained on: answer tokens of its corpus, and positions read in all."""
+    """What a head was trained on: answer tokens of its corpus, steps, and positions read in all."""
     if not card:
         return {}
-    read = sum(_num_steps(one) * _positions_a_step(one) for one in stretches(card))
+    runs = stretches(card)
     return {
         "trained_tokens": card["answer_tokens"],
-        "trained_positions": read,
+        "steps": sum(map(_num_steps, runs)),
+        "trained_positions": sum(_num_steps(one) * _positions_a_step(one) for one in runs),
         "corpus": card["corpus"][:12],
     }
 

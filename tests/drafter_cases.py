@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ def trained(
     log = [json.loads(line) for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     assert len(losses) == card["recipe"]["loop"]["total_steps"] > 6
-    assert sum(losses[-3:]) < sum(losses[:3])
+    third = len(losses) // 3  # of three epochs: the same answers in both; a surrogate has spikes
+    assert median(losses[-third:]) < median(losses[:third]), losses
     assert card["held_out_tau"] == max(round(x["score"], 3) for x in log if "score" in x) >= 1
     assert card["command"].startswith(f"python -m specrepro.{recipe.method.name}")
     return out, card, log

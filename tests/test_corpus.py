@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,28 @@ def test_the_command_computes_features_of_a_share_of_the_committed_answers(
     assert FeatureCache(tmp_path / "half", target.hidden_size).answers == expected
     corpus.main([str(tmp_path / "half"), "--committed"])
     assert_same_features(target, whole, tmp_path / "half")
+
+
+def test_answers_that_a_head_was_trained_on_can_be_left_out(target, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "COMMITTED", corpus.pack(whole, tmp_path / "packed", {}))
+    monkeypatch.setattr(corpus.target_model, "load", lambda name: target)
+    answers = corpus.load(corpus.COMMITTED).answers
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_all_answers", lambda folder: answers[:5])
+        seen = corpus.pack(whole, tmp_path / "seen", {})
+    corpus.main([str(tmp_path / "new"), "--committed", "--without", str(seen)])
+    found = FeatureCache(tmp_path / "new", target.hidden_size).answers
+    assert len(found) == len(answers) - 5 > 0
+    assert not [one for one in found if one in answers[:5]]
+
+
+def test_every_share_has_its_part_of_what_only_some_prompts_have():
+    """Prompts are answered in the order of their ids' hash, and only the first of them twice."""
+    ids = sorted((f"p/{i}" for i in range(2000)), key=lambda one: sha256(one.encode()).digest())
+    greedy = [Answer(one, 3, 0.0, 0, [1]) for one in ids]
+    sampled = [Answer(one, 3, 1.0, 1, [1]) for one in ids[:800]]
+    first = Corpus(greedy + sampled).first(700).answers
+    assert sum(one.temperature for one in first) / 700 == pytest.approx(800 / 2800, abs=0.05)
 
 
 @pytest.mark.parametrize("share", ["0", "-0.5", "1.5"])

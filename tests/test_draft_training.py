@@ -200,7 +200,7 @@ def test_a_fresh_run_takes_nothing_from_an_earlier_one_in_its_folder(tmp_path, t
     assert steps_of(tmp_path) == [0]
     resumed = run(tmp_path, replace(CONFIG, seed=1), score=weight_norm, resume=True)
     assert_same_bits(dict(resumed.named_parameters()), dict(run(tmp_path / "b").named_parameters()))
-    assert draft_training.best_score(tmp_path) <= 1
+    assert draft_training.kept_score(tmp_path) <= 1
 
 
 def test_state_with_the_highest_score_is_the_one_returned(tmp_path):
@@ -214,8 +214,17 @@ def test_state_with_the_highest_score_is_the_one_returned(tmp_path):
     module = run(tmp_path, config, score=score)
     assert_same_bits(dict(module.named_parameters()), seen[1])
     assert not torch.equal(seen[1]["0.weight"], seen[2]["0.weight"])
-    assert draft_training.best_score(tmp_path) == 2.0
+    assert draft_training.kept_score(tmp_path) == 2.0
     assert [line["step"] for line in log_of(tmp_path) if "score" in line] == [2, 5, 8]
+
+
+def test_heads_that_are_compared_after_equal_steps_keep_their_last_state(tmp_path):
+    scores = iter([2.0, 1.0, 0.5])
+    config = replace(CONFIG, evaluate_every=3)
+    module = run(tmp_path / "a", config, score=lambda _: next(scores), keeps_last=True)
+    last = run(tmp_path / "b", CONFIG)
+    assert_same_bits(dict(module.named_parameters()), dict(last.named_parameters()))
+    assert draft_training.kept_score(tmp_path / "a", keeps_last=True) == 0.5
 
 
 def test_a_score_that_is_not_a_number_never_wins(tmp_path):

@@ -129,6 +129,10 @@ def test_variants_to_be_compared_have_one_budget_and_differ_in_what_they_are_nam
     assert methods["eagle3_final"] == base | {"features": "final"}
     assert methods["eagle3_no_ttt"]["training"] == base["training"] | {"steps": 1}
     assert methods["eagle3_vocab_2048"]["draft_vocab_size"] == 2048
+    losses = [methods[name]["training"] for name in ("eagle2", "eagle2_no_feature_loss")]
+    assert losses[1] == losses[0] | {"regression": 0.0, "classification": 1.0}
+    epochs = {name: card["recipe"]["epochs"] for name, card in cards.items()}
+    assert epochs["eagle3_long"] == 8 * epochs["eagle3_x4"], "of an eighth of the answers"
 
 
 def test_more_data_is_read_as_many_times(workshop):
@@ -154,6 +158,13 @@ def test_what_is_trained_is_left_alone_and_another_budget_is_refused(workshop, a
         other.train(VARIANTS["eagle3"], answers)
     with pytest.raises(ValueError, match="choose --share 0.25 or less"):
         other.train(VARIANTS["eagle3_x4"], answers)
+
+
+def test_a_share_that_the_corpus_has_not_is_refused_before_hours_are_spent(workshop, answers, tmp_path):
+    half = replace(workshop, work=tmp_path, budget=replace(BUDGET, share=0.5))
+    with pytest.raises(ValueError, match="eagle3_x4 takes 4 times the share"):
+        eagle3_variants.train_all(half, [VARIANTS["eagle3"], VARIANTS["eagle3_x4"]], answers)
+    assert half.card(VARIANTS["eagle3"]) is None
 
 
 def test_a_killed_variant_goes_on_and_ends_as_one_that_was_not(
@@ -229,6 +240,26 @@ def test_claims_find_their_rows_and_none_finds_two(rows):
         "batch-speedup-falls",
     ):  # fmt: skip
         assert verdicts[name].verdict != "not tested", f"{name}: {verdicts[name].why}"
+
+
+def test_every_stage_times_its_own_baseline_in_turn_with_what_it_compares(lab):
+    """Speedups against a baseline of another hour are of the machine, not of the method."""
+    for stage in ("ablation", "data_scaling", "sensitivity", "sweep", "throughput", "headroom"):
+        lines = (lab.run.records / f"{stage}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        methods = [one["method"] for one in records if "method" in one]
+        assert AUTOREGRESSIVE in methods and len(set(methods)) > 1, stage
+
+
+def test_batches_are_enough_for_an_interval(rows):
+    found = rows[(rows["quantity"] == "throughput") & (rows["batch"] == 2)]
+    assert (found["num_prompts"] == 6).all() and found["speedup_low"].notna().all()
+
+
+def test_rows_of_heads_trained_alike_are_not_the_committed_heads(rows):
+    is_alike = rows["stage"].isin(eagle3_lab.ALIKE)
+    assert rows[is_alike]["checkpoint"].isna().all() and is_alike.any()
+    assert rows[rows["stage"] == "sweep"]["checkpoint"].notna().all()
 
 
 def test_heads_of_one_budget_are_paired_with_each_other_alone(rows):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -32,7 +33,14 @@ from specrepro.eagle3 import TrainingConfig, TreeConfig
 from specrepro.gto import Gto, TuningConfig
 from specrepro.gto_arms import ABLATION, ARMS, HEADLINE, SEEDS, Budget, Workshop
 from specrepro.gto_lab import Lab, Plan, pool_seeds
-from specrepro.gto_rows import PATH_COUNTS, PathWatch, greedy_path
+from specrepro.gto_rows import (
+    PATH_COUNTS,
+    TREE_VALUES,
+    PathWatch,
+    greedy_path,
+    held_out_rows,
+    tree_values,
+)
 from specrepro.measure import Record
 from specrepro.recipes import Recipe
 from specrepro.rows import paired_differences
@@ -234,7 +242,7 @@ def test_seeds_are_pooled_prompt_by_prompt():
 def test_rows_hold_what_each_stage_is_for(lab):
     found = lab.run.rows
     assert {"paths", "path_gain", "reward", "reward_gap", "ratio", "shapes", "shape_gain", "arms",
-            "ablation", "learning", "statistics", "paired_difference"} <= set(
+            "ablation", "held_out_gain", "learning", "statistics", "paired_difference"} <= set(
         found["quantity"]
     )  # fmt: skip
     arms = found[(found["quantity"] == "arms") & (found["prompts"] == "all")]
@@ -242,7 +250,7 @@ def test_rows_hold_what_each_stage_is_for(lab):
     by_seed = found[(found["quantity"] == "arms") & (found["prompts"] == "chat")]
     assert len(by_seed[by_seed["method"] == "GTO"]) == len(SEEDS)
     ablated = found[(found["quantity"] == "ablation") & (found["prompts"] == "mean")]
-    assert {arm.method for arm in ABLATION} <= set(ablated["method"])
+    assert {arm.method for arm in ABLATION} | {gto_arms.GROUPS_OF_1} <= set(ablated["method"])
     shares = found[(found["quantity"] == "ratio") & (found["metric"] == "share")]
     sums = shares.groupby("prompts")["value"].sum()
     assert all(total == 0 or total == pytest.approx(1) for total in sums), "of accepted paths"
@@ -252,13 +260,55 @@ def test_rows_hold_what_each_stage_is_for(lab):
     assert cost["bytes_per_tree"] == 3e8 / 12
 
 
+def test_at_every_position_a_tree_is_judged_as_training_and_decoding_judge_it(lab):
+    """The rewards are those of training's own rollout, and what is accepted is what decoding
+    accepts in its first round from there."""
+    target, head = lab.run.target, eagle3.load_head(lab.checkpoint)[0]
+    tree = TreeConfig(2, 10, 60)  # an untrained head guesses right with many nodes alone
+    answered = lab._answered("chat")[0]
+    batch, drafter = answered.batch(target), gto.GroupDrafter(head, target, tree)
+    found = dict(zip(("positions", *TREE_VALUES), tree_values(target, drafter, batch), strict=True))
+    assert found["positions"] == len(answered.tokens) - 1
+    alone = TuningConfig(num_groups=99, group_size=1, debias=False)
+    rollout = gto.GroupTreeLoss(head, target, tree, METHOD.training, alone).sample(batch)
+    assert rollout.is_row.sum() == found["positions"]
+    assert found["log-sum-exp"] == pytest.approx(rollout.rewards.sum().item(), rel=1e-5)
+    text = [*answered.prompt_ids, *answered.tokens]
+    ends = range(len(answered.prompt_ids), len(text) - 1)
+    rounds = [
+        decode(target, eagle3.Drafter.load(lab.checkpoint, target, tree), text[:end], 3 + tree.depth)
+        for end in ends
+    ]
+    assert found["accepted"] == sum(one.accepted[0] for one in rounds) > 0
+
+
+def test_gains_are_paired_answer_by_answer():
+    """A head that has one tenth more accepted of every answer is so for certain, though answers
+    differ by far more."""
+    generator = np.random.default_rng(0)
+    first = generator.uniform(1, 9, (12, 1 + len(TREE_VALUES)))
+    first[:, 0] = 4
+    better = first * np.array([1, *[1.1] * len(TREE_VALUES)])
+    found = held_out_rows({"GTO": [better, better], "EAGLE-3": [first]}, [("GTO", "EAGLE-3")])
+    row = found.set_index("metric").loc["accepted"]
+    assert row["value"] == pytest.approx(0.1 * first[:, 1].sum() / first[:, 0].sum())
+    assert 0 < row["value_low"] < row["value"] < row["value_high"]
+    assert (row["num_prompts"], row["num_seeds"]) == (12, 2)
+
+
+def test_looks_begin_with_the_first_head(lab):
+    found = lab.run.of("learning")
+    assert set(found.groupby("variant")["step"].min()) == {0}
+    assert set(found[found["step"] == 0]["reward_gap"]) == {0}
+
+
 def test_every_stage_is_drawn_beside_what_is_reported(lab, tmp_path):
     assert set(gto_figures.DRAWINGS) == set(gto_lab.STAGES)
     reported = claims.reported("gto").query("model == 'Llama-3.1-8B'")
     for name, draw in gto_figures.DRAWINGS.values():
         experiment.figures.save(draw(lab.run.rows, reported), tmp_path, name)
     experiment.figures.save(gto_figures.ratios(lab.run.rows), tmp_path, "fig_4_ratios")
-    assert len(list(tmp_path.glob("fig_*.png"))) == 8
+    assert len(list(tmp_path.glob("fig_*.png"))) == 9
 
 
 def test_every_claim_of_arms_and_paths_finds_its_row(lab):
@@ -267,6 +317,7 @@ def test_every_claim_of_arms_and_paths_finds_its_row(lab):
         "gain-is-not-more-training", "gain-is-not-more-time", "more-training-gains-little",
         "debiasing-helps", "smooth-above-max", "groups-of-8-above-16", "other-trees-gain-too",
         "tree-above-greedy-path", "greedy-path-seldom", "reward-rises",
+        "more-accepted-than-first", "more-accepted-than-by-tokens",
     ):  # fmt: skip
         assert verdicts[name].verdict != "not tested", f"{name}: {verdicts[name].why}"
 

@@ -111,7 +111,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "target_model",
     },
     "gto_rows": {
-        "gto", "corpus", "rows", "decoding", "draft_tree", "target_model", "tree_verify",
+        "gto", "corpus", "rows", "decoding", "draft_tree", "target_model", "tree_verify", "eagle3",
+        "forest",
     },
     "gto_figures": {"figures"},
     "gto_lab": {
