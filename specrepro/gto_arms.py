@@ -72,7 +72,7 @@ ABLATION = (
     Arm("reward_expected", "GTO, expected tokens", {"tuning.reward": "expected"}),
     Arm("greedy", "GTO, greedy rewards", {"tuning.greedy": True}),
 )
-GROUPS_OF_1 = "GTO, groups of 1"  # which have no advantage, whatever the trees: the token loss alone
+GROUPS_OF_1 = "GTO, groups of 1"  # whose advantage is none, whatever the trees: the token loss
 ARMS = {arm.name: arm for arm in (*HEADLINE, *ABLATION)}
 
 

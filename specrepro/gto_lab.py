@@ -159,7 +159,7 @@ class Lab(eagle3_lab.Lab):
         return pd.concat([found, self._paired(records, pairs, entries)])
 
     def held_out(self) -> pd.DataFrame:
-        """Rows of quantity "held_out_gain": trees at every position of answers to all sets' prompts.
+        """Rows of quantity "held_out_gain": trees at every position of answers to prompts.
 
         Of each arm (`variant`) over the first head, and of methods, seeds pooled, over each other.
         """

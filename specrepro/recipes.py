@@ -92,7 +92,8 @@ def train(
     """Train the recipe's module on cached target features for `recipe.loop.total_steps`.
 
     It begins anew, or from the checkpoint `start`. `score` (tau on held-out prompts) picks the best
-    state, unless the last one is to be kept. Under torchrun each process takes its own batches and gradients are averaged.
+    state, unless the last one is to be kept. Under torchrun each process takes its own batches and
+    gradients are averaged.
     """
     loop = recipe.loop
     rank, num_ranks = draft_training.join_processes()

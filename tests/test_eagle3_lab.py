@@ -160,7 +160,9 @@ def test_what_is_trained_is_left_alone_and_another_budget_is_refused(workshop, a
         other.train(VARIANTS["eagle3_x4"], answers)
 
 
-def test_a_share_that_the_corpus_has_not_is_refused_before_hours_are_spent(workshop, answers, tmp_path):
+def test_a_share_that_the_corpus_has_not_is_refused_before_hours_are_spent(
+    workshop, answers, tmp_path
+):
     half = replace(workshop, work=tmp_path, budget=replace(BUDGET, share=0.5))
     with pytest.raises(ValueError, match="eagle3_x4 takes 4 times the share"):
         eagle3_variants.train_all(half, [VARIANTS["eagle3"], VARIANTS["eagle3_x4"]], answers)

@@ -275,10 +275,8 @@ def test_at_every_position_a_tree_is_judged_as_training_and_decoding_judge_it(la
     assert found["log-sum-exp"] == pytest.approx(rollout.rewards.sum().item(), rel=1e-5)
     text = [*answered.prompt_ids, *answered.tokens]
     ends = range(len(answered.prompt_ids), len(text) - 1)
-    rounds = [
-        decode(target, eagle3.Drafter.load(lab.checkpoint, target, tree), text[:end], 3 + tree.depth)
-        for end in ends
-    ]
+    decoding = eagle3.Drafter.load(lab.checkpoint, target, tree)
+    rounds = [decode(target, decoding, text[:end], 3 + tree.depth) for end in ends]
     assert found["accepted"] == sum(one.accepted[0] for one in rounds) > 0
 
 
