@@ -61,7 +61,9 @@ def data_scaling(rows: pd.DataFrame, reported: Reported = None) -> Figure:
     """Tau and speedup by the amount of training data, on a scale of doublings."""
     ours = _of_quantity(rows, "data_scaling", ["method", "data_scale", "tau"])
     theirs = _of_table(reported, "data scaling figure")
-    label, metrics = "training data (times the smallest)", _labels("tau", "speedup")
+    smallest = ours.loc[ours["data_scale"] == 1, "trained_tokens"].min() / 1e6
+    label = f"training data (times {smallest:.2g} million answer tokens)"
+    metrics = _labels("tau", "speedup")
     return _lines_along(ours, "data_scale", label, metrics, "method", theirs)
 
 

@@ -159,7 +159,7 @@ class Lab(eagle3_lab.Lab):
         return pd.concat([found, self._paired(records, pairs, entries)])
 
     def held_out(self) -> pd.DataFrame:
-        """Rows of quantity "held_out_gain": trees at every position of answers to prompts.
+        """Rows of quantities "held_out" and "held_out_gain": trees at every position of answers.
 
         Of each arm (`variant`) over the first head, and of methods, seeds pooled, over each other.
         """
@@ -172,6 +172,7 @@ class Lab(eagle3_lab.Lab):
             arm = ARMS[name]
             pooled.setdefault(arm.method, []).append(own)
             table = held_out_rows({arm.method: [own], FIRST: [first]}, [(arm.method, FIRST)])
+            table = table[table["quantity"] == "held_out_gain"]
             tables.append(table.assign(variant=name, train_seed=arm.seed, prompts="by arm"))
         methods = [arm.method for arm in HEADLINE[:3] if arm.method in pooled]
         pairs = [(method, FIRST) for method in methods]

@@ -228,23 +228,33 @@ def tree_values(target: Target, drafter: GroupDrafter, batch: corpus.Batch) -> n
 def held_out_rows(
     arms: Mapping[str, Sequence[np.ndarray]], pairs: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
-    """Rows of quantity "held_out_gain": `method` less `versus` in each of TREE_VALUES a position.
+    """Rows of quantity "held_out", each of TREE_VALUES a position, and "held_out_gain" of pairs.
 
     `arms` has, for every seed of a method, what `tree_values` says of the same answers (answers, 1
     + TREE_VALUES); seeds are pooled answer by answer, and intervals are over answers.
     """
-    found = []
+    pooled = {method: np.sum(sums, 0) for method, sums in arms.items()}
+    found = [_at_positions("held_out", {"method": one}, pooled[one]) for one in pooled]
     for method, versus in pairs:
-        both = [np.sum(arms[name], 0) for name in (method, versus)]
-        units = np.concatenate(both, 1)
-        totals, draws = units.sum(0), rows.bootstrap(units)
-        named = {"quantity": "held_out_gain", "method": method, "versus": versus}
-        named |= {"prompts": "all", "num_prompts": len(units), "num_seeds": len(arms[method])}
-        for place, metric in enumerate(TREE_VALUES, 1):
+        named = {"method": method, "versus": versus, "num_seeds": len(arms[method])}
+        found.append(_at_positions("held_out_gain", named, pooled[method], pooled[versus]))
+    return pd.DataFrame(sum(found, []))
 
-            def gain(c: np.ndarray, place: int = place) -> np.ndarray:
-                ours, theirs = np.split(c, 2, -1)
-                return ours[..., place] / ours[..., 0] - theirs[..., place] / theirs[..., 0]
 
-            found.append(named | {"metric": metric} | _with_interval("value", gain, totals, draws))
-    return pd.DataFrame(found)
+def _at_positions(quantity: str, named: Mapping[str, object], *sums: np.ndarray) -> list[dict]:
+    """Mean of each of TREE_VALUES at a position, of one head or of one less another."""
+    units = np.concatenate(sums, 1)
+    totals, draws = units.sum(0), rows.bootstrap(units)
+    named = {"quantity": quantity, "prompts": "all", "num_prompts": len(units)} | dict(named)
+
+    def mean(place: int) -> Callable[[np.ndarray], np.ndarray]:
+        def of(c: np.ndarray) -> np.ndarray:
+            parts = [part[..., place] / part[..., 0] for part in np.split(c, len(sums), -1)]
+            return parts[0] - sum(parts[1:])
+
+        return of
+
+    return [
+        named | {"metric": metric} | _with_interval("value", mean(place), totals, draws)
+        for place, metric in enumerate(TREE_VALUES, 1)
+    ]

@@ -288,10 +288,14 @@ def test_gains_are_paired_answer_by_answer():
     first[:, 0] = 4
     better = first * np.array([1, *[1.1] * len(TREE_VALUES)])
     found = held_out_rows({"GTO": [better, better], "EAGLE-3": [first]}, [("GTO", "EAGLE-3")])
-    row = found.set_index("metric").loc["accepted"]
+    gains = found[found["quantity"] == "held_out_gain"]
+    row = gains.set_index("metric").loc["accepted"]
     assert row["value"] == pytest.approx(0.1 * first[:, 1].sum() / first[:, 0].sum())
     assert 0 < row["value_low"] < row["value"] < row["value_high"]
     assert (row["num_prompts"], row["num_seeds"]) == (12, 2)
+    own = found[(found["quantity"] == "held_out") & (found["metric"] == "accepted")]
+    levels = own.set_index("method")["value"]
+    assert levels["GTO"] - levels["EAGLE-3"] == pytest.approx(row["value"])
 
 
 def test_looks_begin_with_the_first_head(lab):
