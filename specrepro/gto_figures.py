@@ -150,6 +150,7 @@ def held_out(rows: pd.DataFrame, reported: Reported = None) -> Figure:
             axes.plot(mine["value"], places, "o", color="black", markersize=3)
             axes.axvline(0, **_DASHED)
             axes.set_xlabel(f"{label}, less the first head's")
+            axes.locator_params(axis="x", nbins=4)
         panels[0].set_yticks(range(len(methods)), methods)
         _footnote(figure, ours)
         return figure

@@ -210,7 +210,7 @@ class Lab(eagle3_lab.Lab):
             found += [named | look for look in (first, *self.workshop.looks(ARMS[name]))]
         return pd.DataFrame(found + (_cost_rows(self.workshop.costs()) if found else []))
 
-    def statistics(self, every: int = 20) -> pd.DataFrame:
+    def statistics(self, every: int = 50) -> pd.DataFrame:
         """Rows of quantity "statistics": what training logged, a mean of `every` steps a row."""
         found = []
         for name in self._folders(list(ARMS)):
