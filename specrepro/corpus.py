@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -158,10 +159,9 @@ def _answer(
     keep_features: bool,
 ) -> int:
     """Answer one batch of prompts by id, keep what comes of it, and return how many tokens did."""
-    recorder, seed = (FeatureRecorder() if keep_features else Autoregressive()), None
-    if keep_features:
-        seed = [seeds[name] for name in batch]
-    else:  # the draws are those of the whole batch
+    recorder = FeatureRecorder() if keep_features else Autoregressive()
+    seed = [seeds[name] for name in batch] if keep_features else None
+    if seed is None:  # the draws are those of the whole batch
         torch.manual_seed(seeds[next(iter(batch))])
     generations = decode(
         target, recorder, list(batch.values()), max_new_tokens, temperature, seed=seed
@@ -407,7 +407,7 @@ def most_frequent_tokens(answers: Sequence[Answer], vocab_size: int, num_tokens:
     return counts.sort(descending=True, stable=True).indices[:num_tokens].sort().values
 
 
-class Sequences:
+class Sequences(ABC):
     """Answers in a fair order, and their features by `batch`, wherever these come from."""
 
     answers: list[Answer]
@@ -425,9 +425,9 @@ class Sequences:
         ordered = sorted(self.answers, key=lambda answer: (answer.prompt_id, answer.seed))
         return Corpus(ordered).hash
 
+    @abstractmethod
     def batch(self, ids: Sequence[int], prompt_ids: dict[str, list[int]]) -> Batch:
         """Sequences `ids`, given the token ids of their prompts."""
-        raise NotImplementedError
 
 
 class LiveFeatures(Sequences):

@@ -41,6 +41,7 @@ class LoopConfig:
     final_fraction: float = 0.05  # of the learning rate, at the end of the cosine
     save_seconds: float = 300.0
     evaluate_every: int = 0  # steps between evaluations; 0 evaluates at the end alone
+    keeps_last: bool = False  # state, whatever its score: heads compared after equal steps
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -64,13 +65,11 @@ def train(
     folder: Path,
     *,
     score: Callable[[nn.Module], float] | None = None,
-    keeps_last: bool = False,
     resume: bool = False,
     identity: dict[str, object] | None = None,
 ) -> nn.Module:
-    """Train `module` for `config.total_steps`, and return it in the state of the highest `score`.
-
-    Or, with `keeps_last`, in its last state, as heads want that are compared after equal steps.
+    """Train `module` for `config.total_steps`, and return it in the state of the highest `score`,
+    or in its last one if `config.keeps_last`.
 
     Without `resume` an earlier run's state and log in `folder` are removed first. `score` measures
     the drafter as it will be used (tau on held-out prompts), since the loss goes on falling after
@@ -78,7 +77,7 @@ def train(
     must have the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(module, config, folder, dict(identity or {}) | {"loop": asdict(config)}, keeps_last)
+    run = _Run(module, config, folder, dict(identity or {}) | {"loop": asdict(config)})
     first_step = run.restore() if resume else 0
     if first_step == 0:
         run.clear()
@@ -266,15 +265,9 @@ class _Run:
     """What a training run leaves in its folder."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        config: LoopConfig,
-        folder: Path,
-        identity: dict[str, object],
-        keeps_last: bool,
+        self, module: nn.Module, config: LoopConfig, folder: Path, identity: dict[str, object]
     ):
         self.module, self.config, self.folder = module, config, folder
-        self.keeps_last = keeps_last
         self.identity = json.loads(json.dumps(identity))  # as it will read when it comes back
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -370,7 +363,7 @@ class _Run:
 
     def _keep_if_best(self, step: int, score: float) -> None:
         self.log(step, {"score": score})
-        if self.is_first and score > self.best and not self.keeps_last:
+        if self.is_first and score > self.best and not self.config.keeps_last:
             self.best = score
             checkpoints.save_tensors(self.folder / BEST, dict(self.module.named_parameters()))
 

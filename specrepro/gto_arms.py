@@ -133,7 +133,9 @@ class Workshop:
         is_committed = self.start == eagle3.CHECKPOINT  # whose place no card needs to tell
         settings = {"start": "" if is_committed else str(self.start), **arm.settings}
         batch_tokens = self.budget.batch_tokens or own.batch_tokens
-        own = replace(own, loop=replace(own.loop, seed=arm.seed), batch_tokens=batch_tokens)
+        own = replace(
+            own, loop=replace(own.loop, seed=arm.seed, keeps_last=True), batch_tokens=batch_tokens
+        )
         return recipes.changed(own, settings)
 
     def tune(self, arm: Arm, features: Path) -> Path:
@@ -153,7 +155,7 @@ class Workshop:
         return recipes.make_checkpoint(
             recipe, self.target, features, training, self.folder(arm), start=self.start,
             evaluations=self.budget.evaluations, num_answers=num_answers, resume=True,
-            keeps_last=True, score=_Look(self, recipe, training, self.held_out(features)),
+            score=_Look(self, recipe, training, self.held_out(features)),
         )  # fmt: skip
 
     def _num_answers(self, features: Path) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,14 +22,25 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from specrepro import checkpoints, eagle3, eagle3_lab, experiment, gto, gto_figures, recipes, rows
+from specrepro import (
+    checkpoints,
+    corpus,
+    eagle3,
+    eagle3_lab,
+    experiment,
+    gto,
+    gto_figures,
+    recipes,
+    rows,
+)
 from specrepro.eagle3 import TreeConfig
 from specrepro.eagle3_lab import Entry
 from specrepro.gto_arms import ABLATION, ARMS, GROUPS_OF_1, HEADLINE, WORK, Arm, Workshop
 from specrepro.gto_rows import (
     TREE_VALUES,
     Answered,
-    held_out_rows,
+    held_out_gains,
+    held_out_levels,
     path_rows,
     reward_rows,
     tree_values,
@@ -166,19 +178,18 @@ class Lab(eagle3_lab.Lab):
         folders = self._folders(list(ARMS))
         if not folders:
             return pd.DataFrame()
-        sums = {name: self._sums(name, folder) for name, folder in folders.items()}
         first, tables, pooled = self._sums("start", self.start), [], {}
-        for name, own in sums.items():
-            arm = ARMS[name]
+        for name, folder in folders.items():
+            arm, own = ARMS[name], self._sums(name, folder)
             pooled.setdefault(arm.method, []).append(own)
-            table = held_out_rows({arm.method: [own], FIRST: [first]}, [(arm.method, FIRST)])
-            table = table[table["quantity"] == "held_out_gain"]
-            tables.append(table.assign(variant=name, train_seed=arm.seed, prompts="by arm"))
+            gains = held_out_gains({arm.method: [own], FIRST: [first]}, [(arm.method, FIRST)])
+            tables.append(gains.assign(variant=name, train_seed=arm.seed, prompts="by arm"))
+        heads = pooled | {FIRST: [first]}
         methods = [arm.method for arm in HEADLINE[:3] if arm.method in pooled]
         pairs = [(method, FIRST) for method in methods]
-        pairs += [(OURS, other) for other in methods[1:]]
-        together = held_out_rows(pooled | {FIRST: [first]}, pairs)
-        return pd.concat([together, *tables]).assign(temperature=0.0)
+        pairs += [(OURS, other) for other in methods[1:] if OURS in methods]
+        together = [held_out_levels(heads), held_out_gains(heads, pairs)]
+        return pd.concat([*together, *tables]).assign(temperature=0.0)
 
     def _sums(self, name: str, folder: Path) -> np.ndarray:
         """(answers, 1 + TREE_VALUES) of the head in a folder; taken once."""
@@ -190,12 +201,14 @@ class Lab(eagle3_lab.Lab):
     def _tree_values(self, folder: Path) -> pd.DataFrame:
         head, target = eagle3.load_head(folder)[0], self.run.target
         drafter = gto.GroupDrafter(head, target, self._ruler().tree)
-        found = [
-            tree_values(target, drafter, one.batch(target))
-            for name in SETS
-            for one in tqdm(self._answered(name), desc=f"trees of {folder}, {name}")
-        ]
+        batches = tqdm(self._held_out_batches, desc=f"trees of {folder}")
+        found = [tree_values(target, drafter, batch) for batch in batches]
         return pd.DataFrame(found, columns=["positions", *TREE_VALUES])
+
+    @cached_property
+    def _held_out_batches(self) -> list[corpus.Batch]:
+        """The answers of all sets with their features, which every head reads."""
+        return [one.batch(self.run.target) for name in SETS for one in self._answered(name)]
 
     def learning(self) -> pd.DataFrame:
         """Rows of quantity "learning": held-out tau and gain in reward as training went on.
@@ -273,7 +286,7 @@ class Lab(eagle3_lab.Lab):
 
 
 def pool_seeds(records: Sequence[Record], arms: Mapping[str, Arm], first: str) -> list[Record]:
-    """Records of all sets and seeds as one set "all", each prompt once for every seed.
+    """Records of all sets and seeds as one set "all", each prompt a session of every seed's answer.
 
     Of what was decoded once, the baseline and the `first` head, every seed has the same record.
     """
@@ -284,7 +297,7 @@ def pool_seeds(records: Sequence[Record], arms: Mapping[str, Arm], first: str) -
         method = arm.method if arm else FIRST if record.method == first else record.method
         for seed in [arm.seed] if arm else seeds:
             place = f"{record.prompts}/{record.prompt_id}"
-            own = {"prompts": "all", "prompt_id": f"{place}, seed {seed}", "group": place}
+            own = {"prompts": "all", "prompt_id": f"{place}, seed {seed}", "session": place}
             found.append(replace(record, method=method, **own))
     return found
 

@@ -225,20 +225,29 @@ def tree_values(target: Target, drafter: GroupDrafter, batch: corpus.Batch) -> n
     return np.array([positions.shape[1], *map(float, sums)])
 
 
-def held_out_rows(
-    arms: Mapping[str, Sequence[np.ndarray]], pairs: Sequence[tuple[str, str]]
-) -> pd.DataFrame:
-    """Rows of quantity "held_out", each of TREE_VALUES a position, and "held_out_gain" of pairs.
+Seeds = Sequence[np.ndarray]  # of each, what `tree_values` says of the same answers
 
-    `arms` has, for every seed of a method, what `tree_values` says of the same answers (answers, 1
-    + TREE_VALUES); seeds are pooled answer by answer, and intervals are over answers.
-    """
-    pooled = {method: np.sum(sums, 0) for method, sums in arms.items()}
-    found = [_at_positions("held_out", {"method": one}, pooled[one]) for one in pooled]
-    for method, versus in pairs:
-        named = {"method": method, "versus": versus, "num_seeds": len(arms[method])}
-        found.append(_at_positions("held_out_gain", named, pooled[method], pooled[versus]))
+
+def held_out_levels(heads: Mapping[str, Seeds]) -> pd.DataFrame:
+    """Rows of quantity "held_out": each of TREE_VALUES at a position, by method, seeds pooled."""
+    found = [
+        _at_positions("held_out", {"method": method}, np.sum(seeds, 0))
+        for method, seeds in heads.items()
+    ]
     return pd.DataFrame(sum(found, []))
+
+
+def held_out_gains(heads: Mapping[str, Seeds], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Rows of quantity "held_out_gain": `method` less `versus` in each of TREE_VALUES a position.
+
+    Seeds are pooled answer by answer, and intervals are over answers.
+    """
+    found = []
+    for method, versus in pairs:
+        named = {"method": method, "versus": versus, "num_seeds": len(heads[method])}
+        both = (np.sum(heads[one], 0) for one in (method, versus))
+        found += _at_positions("held_out_gain", named, *both)
+    return pd.DataFrame(found)
 
 
 def _at_positions(quantity: str, named: Mapping[str, object], *sums: np.ndarray) -> list[dict]:

@@ -86,14 +86,13 @@ def train(
     *,
     start: Path | None = None,
     score: Callable[[nn.Module], float] | None = None,
-    keeps_last: bool = False,
     resume: bool = False,
 ) -> nn.Module:
     """Train the recipe's module on cached target features for `recipe.loop.total_steps`.
 
     It begins anew, or from the checkpoint `start`. `score` (tau on held-out prompts) picks the best
-    state, unless the last one is to be kept. Under torchrun each process takes its own batches and
-    gradients are averaged.
+    state, unless `loop.keeps_last`. Under torchrun each process takes its own batches and gradients
+    are averaged.
     """
     loop = recipe.loop
     rank, num_ranks = draft_training.join_processes()
@@ -123,9 +122,8 @@ def train(
     }  # fmt: skip
     ahead = _Ahead(batch_at, loop.total_steps)
     return draft_training.train(
-        module, ahead, loss_of, loop, folder, score=score, keeps_last=keeps_last, resume=resume,
-        identity=identity,
-    )  # fmt: skip
+        module, ahead, loss_of, loop, folder, score=score, resume=resume, identity=identity
+    )
 
 
 class _Ahead:
@@ -154,7 +152,6 @@ def make_checkpoint(
     start: Path | None = None,
     evaluations: int = 4,
     score: Callable[[nn.Module], float] | None = None,
-    keeps_last: bool = False,
     num_answers: int | None = None,
     resume: bool = False,
 ) -> Path:
@@ -162,8 +159,8 @@ def make_checkpoint(
 
     `num_answers` takes a fair sample of the corpus. The head begins anew, or from the checkpoint
     `start`, whose card is then part of its own. The state with the highest held-out tau of
-    `evaluations` looks is the one that is kept, unless `score` takes the place of that tau, or
-    `keeps_last` has the last state kept.
+    `evaluations` looks is the one that is kept, unless `score` takes the place of that tau, or the
+    recipe's loop keeps the last.
     """
     began = time.perf_counter()
     features = corpus.features_in(corpus_folder, target, num_answers)
@@ -173,14 +170,13 @@ def make_checkpoint(
     loop = replace(recipe.loop, total_steps=max(1, steps), evaluate_every=every)
     recipe, questions = replace(recipe, loop=loop), held_out_questions(target)
     module = train(
-        recipe, target, features, work, start=start, keeps_last=keeps_last, resume=resume,
+        recipe, target, features, work, start=start, resume=resume,
         score=score or (lambda module: held_out_tau(recipe.method, module, target, questions)),
     )  # fmt: skip
     if draft_training.is_first_process():
         recipe.method.save(module, destination)
         minutes = round((time.perf_counter() - began) / 60, 1)
-        kept = draft_training.kept_score(work, keeps_last)
-        card = _card(recipe, target, features, work, len(questions), kept)
+        card = _card(recipe, target, features, work, len(questions))
         card |= {"processes": num_ranks, "minutes_of_the_last_stretch": minutes}
         if start is not None:
             card["start"] = {"sha256": _digest(start)} | _card_of(start)
@@ -203,7 +199,6 @@ def _card(
     features: corpus.Sequences,
     work: Path,
     num_questions: int,
-    kept_score: float,
 ) -> dict[str, Any]:
     return {
         "target": target.name,
@@ -211,7 +206,7 @@ def _card(
         "answer_tokens": features.num_answer_tokens,
         "recipe": asdict(recipe),
         # of the tree it was taken with; where the best of some looks is kept, it flatters
-        "held_out_tau": round(kept_score, 3),
+        "held_out_tau": round(draft_training.kept_score(work, recipe.loop.keeps_last), 3),
         "held_out_tau_by_step": draft_training.scores(work),
         "held_out_prompts": num_questions,
         "command": _command(recipe.method.name),

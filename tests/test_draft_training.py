@@ -220,8 +220,8 @@ def test_state_with_the_highest_score_is_the_one_returned(tmp_path):
 
 def test_heads_that_are_compared_after_equal_steps_keep_their_last_state(tmp_path):
     scores = iter([2.0, 1.0, 0.5])
-    config = replace(CONFIG, evaluate_every=3)
-    module = run(tmp_path / "a", config, score=lambda _: next(scores), keeps_last=True)
+    config = replace(CONFIG, evaluate_every=3, keeps_last=True)
+    module = run(tmp_path / "a", config, score=lambda _: next(scores))
     last = run(tmp_path / "b", CONFIG)
     assert_same_bits(dict(module.named_parameters()), dict(last.named_parameters()))
     assert draft_training.kept_score(tmp_path / "a", keeps_last=True) == 0.5

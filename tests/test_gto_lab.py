@@ -38,7 +38,8 @@ from specrepro.gto_rows import (
     TREE_VALUES,
     PathWatch,
     greedy_path,
-    held_out_rows,
+    held_out_gains,
+    held_out_levels,
     tree_values,
 )
 from specrepro.measure import Record
@@ -237,6 +238,7 @@ def test_seeds_are_pooled_prompt_by_prompt():
     found = paired_differences(pooled, [("GTO", "EAGLE-3")], ["tau"])
     assert found["value"].tolist() == [pytest.approx(12 / 5 - 2)]
     assert found["value_low"].tolist() == found["value_high"].tolist(), "prompts are alike"
+    assert found["num_prompts"].tolist() == [3], "not six: two seeds answer the same questions"
 
 
 def test_rows_hold_what_each_stage_is_for(lab):
@@ -287,14 +289,12 @@ def test_gains_are_paired_answer_by_answer():
     first = generator.uniform(1, 9, (12, 1 + len(TREE_VALUES)))
     first[:, 0] = 4
     better = first * np.array([1, *[1.1] * len(TREE_VALUES)])
-    found = held_out_rows({"GTO": [better, better], "EAGLE-3": [first]}, [("GTO", "EAGLE-3")])
-    gains = found[found["quantity"] == "held_out_gain"]
-    row = gains.set_index("metric").loc["accepted"]
+    heads = {"GTO": [better, better], "EAGLE-3": [first]}
+    row = held_out_gains(heads, [("GTO", "EAGLE-3")]).set_index("metric").loc["accepted"]
     assert row["value"] == pytest.approx(0.1 * first[:, 1].sum() / first[:, 0].sum())
     assert 0 < row["value_low"] < row["value"] < row["value_high"]
     assert (row["num_prompts"], row["num_seeds"]) == (12, 2)
-    own = found[(found["quantity"] == "held_out") & (found["metric"] == "accepted")]
-    levels = own.set_index("method")["value"]
+    levels = held_out_levels(heads).query("metric == 'accepted'").set_index("method")["value"]
     assert levels["GTO"] - levels["EAGLE-3"] == pytest.approx(row["value"])
 
 

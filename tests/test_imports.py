@@ -117,7 +117,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "gto_figures": {"figures"},
     "gto_lab": {
         "gto", "gto_arms", "gto_rows", "gto_figures", "eagle3", "eagle3_lab", "experiment",
-        "recipes", "rows", "measure", "checkpoints", "target_model", "training_cards",
+        "recipes", "rows", "measure", "checkpoints", "target_model", "training_cards", "corpus",
     },
     "backbone": {"draft_tree"},
     "cascade": {
