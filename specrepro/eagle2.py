@@ -108,7 +108,7 @@ def uniform_noise(features: Tensor, half_width: float, seed: int) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """`cross_entropy` by a few rows at a time; the gradient is formed while their logits exist."""
 
-    CHUNK = 256
+    CHUNK = 64
 
     @staticmethod
     def forward(ctx, states: Tensor, teacher: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
@@ -119,11 +119,12 @@ class _CrossEntropy(torch.autograd.Function):
         for chunk, wanted in zip(*chunks, strict=True):
             p, leaf = logits(wanted).float().softmax(-1), chunk.detach().requires_grad_()
             with torch.enable_grad():
-                log_q = logits(leaf).float().log_softmax(-1)
-                loss = -(p * log_q).sum()
-            gradients += torch.autograd.grad(loss, leaf)
-            losses.append(loss.detach())
+                scores = logits(leaf)
+            log_q = scores.detach().float().log_softmax(-1)
+            losses.append(-torch.dot(p.flatten(), log_q.flatten()))
             agreement.append((log_q.argmax(-1) == p.argmax(-1)).float())
+            slope = log_q.exp_().sub_(p).to(scores.dtype)
+            gradients += torch.autograd.grad(scores, leaf, slope)
         ctx.save_for_backward(torch.cat(gradients))
         agrees = torch.cat(agreement)
         ctx.mark_non_differentiable(agrees)

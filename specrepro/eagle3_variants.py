@@ -5,8 +5,8 @@ yet. Stopped at any time, by Ctrl-C or `timeout 3600`, it loses five minutes at 
 with the same command; started twice, the two share the work. The corpus must not change meanwhile.
 
 All take the same share of the corpus for the same number of steps, unless their share is what is
-studied: then they take the same number of epochs. By default the share is a quarter, enough to
-compare these heads with each other, and not with the committed one.
+studied: then they take a part of it, for the same number of epochs. By default the share is a
+quarter, once: enough to compare these heads with each other, and not with the committed one.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ SENSITIVITY = (
     Variant("eagle3_vocab_2048", Eagle3, {"draft_vocab_size": 2048}),
     Variant("eagle3_vocab_16384", Eagle3, {"draft_vocab_size": 16384}),
 )
-SCALES = (0.5, 1.0, 2.0, 4.0)  # an eighth of the corpus to all of it, where the share is a quarter
+SCALES = (0.125, 0.25, 0.5, 1.0)  # of the budget's share
 SCALING = tuple(
     Variant(f"{method.name}_x{scale:g}", method, scale=scale)
     for scale in SCALES
-    if scale != 1  # which the ablation trains
+    if scale < 1  # the ablation trains the whole
     for method in (Eagle3, Eagle2)
 )
 # the smallest share for as many steps as the largest: what more data alone brings
-OVER_TRAINING = Variant("eagle3_long", Eagle3, scale=0.5, times=8, evaluations=12)
+OVER_TRAINING = Variant("eagle3_long", Eagle3, scale=SCALES[0], times=8, evaluations=12)
 VARIANTS = {one.name: one for one in (*ABLATION, *SENSITIVITY, *SCALING, OVER_TRAINING)}
 
 
@@ -85,7 +85,7 @@ class Budget:
     """What every variant may use."""
 
     share: float = 0.25  # of the corpus
-    epochs: float = 2.0
+    epochs: float = 1.0
     steps: int | None = None  # in place of `epochs`
     num_answers: int | None = None  # of the corpus that shares are of; None is all
     batch_tokens: int | None = None  # of a step; None is the recipe's
@@ -93,16 +93,6 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; give a part of the corpus, at most 1")
-
-    def share_of(self, variant: Variant) -> float:
-        """Of the corpus; a ValueError where that is more than there is."""
-        share = self.share * variant.scale
-        if share > 1:
-            raise ValueError(
-                f"{variant.name} takes {variant.scale:g} times the share, {self.share:g}: choose"
-                f" --share {1 / variant.scale:g} or less, or leave it out with --only"
-            )
-        return share
 
 
 @dataclass
@@ -132,7 +122,7 @@ class Workshop:
             return self.folder(variant)
         return recipes.variant(
             variant.method, self.target, features, self.work / variant.name, variant.settings,
-            share=self.budget.share_of(variant), epochs=self._epochs(variant, features),
+            share=self.budget.share * variant.scale, epochs=self._epochs(variant, features),
             num_answers=self.budget.num_answers, batch_tokens=self.budget.batch_tokens,
             evaluations=variant.evaluations,
         )  # fmt: skip
@@ -156,7 +146,7 @@ class Workshop:
     def _require_same(self, variant: Variant, features: Path) -> None:
         method = recipes.changed(Recipe.of(variant.method, self.target), variant.settings).method
         wanted = {
-            "corpus": self._sample(self.budget.share_of(variant), features).hash,
+            "corpus": self._sample(self.budget.share * variant.scale, features).hash,
             "epochs": self._epochs(variant, features),
             "method": json.loads(json.dumps(asdict(method))),
         }
@@ -190,8 +180,6 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def train_all(workshop: Workshop, variants: Sequence[Variant], features: Path) -> None:
     """Train what no other process is training, and print the time that each took."""
-    for variant in variants:
-        workshop.budget.share_of(variant)  # before hours are spent on the others
     for variant in variants:
         was_there = workshop.card(variant) is not None
         with claimed(workshop.work / variant.name) as is_ours:
