@@ -311,9 +311,8 @@ def _void(claim: Claim, verdict: Verdict) -> Verdict:
 
 def _judge_one(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
     """Judge on the rows measured now; where they do not reach the claim, on each other source."""
-    sources = sorted(rows["source"].unique(), key=lambda source: (source != MEASURED_NOW, source))
     reasons = []
-    for source in sources:
+    for source in _sources(claim, rows):
         try:
             return _JUDGES[claim.kind](claim, rows[rows["source"] == source], tier)
         except _Untested as reason:
@@ -321,6 +320,16 @@ def _judge_one(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
     telling = [one for one in reasons if "rows match" in one or one.startswith("no row for")]
     why = telling[0] if telling else claim.untested_why or _no_row(claim.setting)
     return _verdict(claim, None, "not tested", why)
+
+
+def _sources(claim: Claim, rows: pd.DataFrame) -> list[str]:
+    """Where rows come from, those measured now first; of an audit, those of most prompts."""
+    is_audit = claim.setting.get("quantity") == "losslessness"
+    matching = _matching(rows, claim.setting) if is_audit else rows.head(0)
+    most = matching.groupby("source")["num_prompts"].max()
+    return sorted(
+        rows["source"].unique(), key=lambda name: (-most.get(name, 0), name != MEASURED_NOW, name)
+    )
 
 
 def _judge_value(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:

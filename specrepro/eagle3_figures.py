@@ -40,8 +40,9 @@ TABLE_2 = ("chat", "maths")
 
 
 def baselines(rows: pd.DataFrame, reported: Reported = None) -> Figure:
-    """Table 1's methods on every prompt set."""
-    return speedup_and_tau(rows, reported)
+    """Table 1's methods on every prompt set, timed in turns."""
+    ours = _of_quantity(rows, "baselines", ["method", "prompts", "tau"])
+    return speedup_and_tau(ours.assign(quantity="decode"), reported)
 
 
 def ablation(rows: pd.DataFrame, reported: Reported = None) -> Figure:
@@ -113,7 +114,10 @@ def headroom(rows: pd.DataFrame, reported: Reported = None) -> Figure:
 
 
 def training(rows: pd.DataFrame, reported: Reported = None) -> Figure:
-    """Held-out tau as training goes on: where it falls again, the head is over-trained."""
+    """Held-out tau as training goes on: where it falls again, the head is over-trained.
+
+    A new line is a new stretch: the learning rate begins anew.
+    """
     ours = _of_quantity(rows, "training", ["positions", "tau", "stretch"])
     names = ours["head"] + [f", {nodes:g} nodes" for nodes in ours["total_tokens"]]
     colours = _colours(names)
@@ -123,7 +127,7 @@ def training(rows: pd.DataFrame, reported: Reported = None) -> Figure:
         for (name, _), line in ours.groupby([names, "stretch"], sort=False):
             line = line.assign(millions=line["positions"] / 1e6)
             _banded_line(axes, line, "millions", "tau", colours[name], name)
-        axes.set_xlabel("positions trained on (millions)")
+        axes.set_xlabel("positions read in training (millions; prompts and padding included)")
         axes.set_ylabel(f"{LABELS['tau']},\nheld-out prompts")
         _legend(figure, [Line2D([], [], color=c, marker="o", label=n) for n, c in colours.items()])
         _footnote(figure, ours)

@@ -15,6 +15,7 @@ timed in turns; heads that are to be compared by the clock have to be there when
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -56,8 +57,8 @@ SHARED, LONG = "equal epochs", "as many steps as on all"
 ITSELF = "the target itself"
 Load = Callable[[Target], Drafter]
 ALL_SETS = ("chat", "humaneval", "maths", "instruction", "summarisation")
-TRAINED: dict[str, Callable[[Path], dict[str, Load]]] = {  # by the folder of the checkpoint
-    "eagle2": lambda folder: {m: eagle2.drafters(folder)[m] for m in ("EAGLE", "EAGLE-2")},
+TRAINED: dict[str, Callable[..., dict[str, Load]]] = {  # of a folder, and sizes of a tree
+    "eagle2": lambda *a, **tree: {m: eagle2.drafters(*a, **tree)[m] for m in ("EAGLE", "EAGLE-2")},
     "medusa": medusa.drafters,
     "draft_lm": draft_lm.drafters,
 }
@@ -71,6 +72,7 @@ ABLATED = {  # variant -> its name in tables
     "eagle3_no_ttt": "EAGLE-3 (no training-time test)",
     "eagle3_final_no_ttt": "EAGLE-3 (top feature only, no training-time test)",
     "eagle3_target_head": "EAGLE-3 (output head begun as the target's)",
+    "eagle2_no_feature_loss": "EAGLE-2 (no feature loss)",
 }
 CHAINS = {  # variants whose n-alpha is measured -> their loader of a chain, and their name
     **{name: (eagle3, "EAGLE-3 chain", method) for name, method in ABLATED.items()},
@@ -186,11 +188,16 @@ class Lab:
         is_recalled = self.run.tier_name == "laptop" or not is_measured
         if is_recalled and self.run.recall(stage, self._digest):
             return True
-        found = getattr(self, stage)() if is_measured else _none()
+        found = getattr(self, stage)() if is_measured else pd.DataFrame()
         if len(found):
             named = {} if stage in self.alike else {"checkpoint": self._digest}
             self.run.keep(found.assign(stage=stage, **named))
         return len(found) > 0
+
+    @property
+    def num_prompts(self) -> int:
+        """Of each set: what the run was asked for, or else the plan's."""
+        return self.run.asked_prompts or self.plan.num_prompts
 
     @cached_property
     def _digest(self) -> str:
@@ -205,19 +212,21 @@ class Lab:
         if stage == "training":
             return f"no card of {self.checkpoint} says how its tau grew; train it anew"
         return (
-            "no rows; python -m specrepro.eagle3_variants runs/corpus trains the heads that are"
-            f" compared (hours, it can be stopped), and {measured} measures them"
+            "no rows; python -m specrepro.corpus runs/corpus --committed --share 0.25, then python"
+            " -m specrepro.eagle3_variants runs/corpus --share 1 trains the heads that are compared"
+            f" (hours, it can be stopped), and {measured} measures them"
         )
 
     def baselines(self) -> pd.DataFrame:
-        """Rows of Table 1's other methods: of the untrained, and of committed checkpoints."""
+        """Rows of quantity "baselines": Table 1's methods, untrained and of committed checkpoints.
+
+        EAGLE-3's own head is among them, timed in turns with them; trees are of its tree's size.
+        """
         others = [Entry(name, UNTRAINED[name]) for name in self.plan.untrained] + self._committed()
+        ours = Entry(OURS, self.load, budget_of(card_of(self.checkpoint)))
         records, found = self._measure(
-            "decode", [Entry(OURS, self.load), *others], self.plan.sets, self.plan.temperatures,
-            file="baselines",
-        )  # fmt: skip
-        if OURS in set(self.run.of("decode").get("method", ())):  # measured on more prompts
-            found = found[~found["method"].isin([OURS, AUTOREGRESSIVE])]
+            "baselines", [ours, *others], self.plan.sets, self.plan.temperatures
+        )
         pairs = [(OURS, entry.key) for entry in others]
         return pd.concat([found, self._paired(records, pairs, others)])
 
@@ -256,12 +265,12 @@ class Lab:
             scales = {base if scale == 1 else f"{base}_x{scale:g}": scale for scale in SCALES}
             for name, folder in self._folders(scales).items():
                 columns = {"data_scale": scales[name] / min(SCALES)} | self._budget_of(name)
-                entries.append(Entry(method, _tree(folder, base), columns, folder))
+                entries.append(Entry(method, _tree(folder, name), columns, folder))
         for name, folder in self._folders([OVER_TRAINING.name]).items():
             columns = {"data_scale": 1.0} | self._budget_of(name)
-            entries.append(Entry(f"{OURS} ({LONG})", _tree(folder, "eagle3"), columns, folder))
+            entries.append(Entry(f"{OURS} ({LONG})", _tree(folder, name), columns, folder))
         if not entries:
-            return _none()
+            return pd.DataFrame()
         return self._measure("data_scaling", entries, ("chat",), (0.0,))[1].assign(budget=SHARED)
 
     def sensitivity(self) -> pd.DataFrame:
@@ -283,7 +292,7 @@ class Lab:
         """Rows of quantity "throughput": chains of 3, as serving engines draft, and the tree."""
         chain = TreeConfig(depth=2, top_k=1, total_tokens=4)
         entries = [
-            Entry(OURS, _tree(self.checkpoint, "eagle3", chain), {"shape": "chain of 3"}),
+            Entry(OURS, _tree(self.checkpoint, tree=chain), {"shape": "chain of 3"}),
             Entry(OURS, self.load, {"shape": "tree"}),
         ]
         tables = [
@@ -294,12 +303,10 @@ class Lab:
         return pd.concat(tables)
 
     def sweep(self) -> pd.DataFrame:
-        """Rows of quantity "sweep": the tree's depth, width and size."""
-        entries = []
-        for depth in self.plan.depths:
-            for top_k in self.plan.widths:
-                trees = [TreeConfig(depth, top_k, size) for size in self.plan.sizes]
-                entries += [self._of_tree(tree) for tree in trees]
+        """Rows of quantity "sweep": the tree's depth, width and size, and the tree in use."""
+        varied = itertools.product(self.plan.depths, self.plan.widths, self.plan.sizes)
+        trees = [TreeConfig(*sizes) for sizes in varied] + [self.load(self.run.target).tree]
+        entries = [self._of_tree(tree) for tree in dict.fromkeys(trees)]
         _, found = self._measure("sweep", entries, ("chat",), (0.0,))
         return found[found["method"] == OURS]
 
@@ -322,7 +329,7 @@ class Lab:
 
     def _of_tree(self, tree: TreeConfig) -> Entry:
         columns = {"draft_depth": tree.depth, "total_tokens": tree.total_tokens}
-        load = _tree(self.checkpoint, "eagle3", tree)
+        load = _tree(self.checkpoint, tree=tree)
         return Entry(OURS, load, columns | {"top_k": tree.top_k})
 
     def training(self) -> pd.DataFrame:
@@ -360,11 +367,13 @@ class Lab:
     # --- drafters
 
     def _committed(self) -> list[Entry]:
-        """Those of checkpoints/<name> that were made for this target."""
-        entries = []
+        """Those of checkpoints/<name> that were made for this target, with trees of our size."""
+        tree, entries = asdict(self.load(self.run.target).tree), []
+        sizes = {"eagle2": tree, "medusa": {"total_tokens": tree["total_tokens"]}}
         for name in filter(self._is_committed, TRAINED):
             folder = self.committed / name
-            columns, loaders = budget_of(card_of(folder)), TRAINED[name](folder)
+            loaders = TRAINED[name](folder, **sizes.get(name, {}))
+            columns = budget_of(card_of(folder))
             entries += [Entry(m, load, columns, folder) for m, load in loaders.items()]
         return entries
 
@@ -399,9 +408,9 @@ class Lab:
         return recipes.features_of(self.run.target, self.run.work.parent / "features")
 
     def _alike(self, names: Mapping[str, str]) -> list[Entry]:
-        """EAGLE-3's variants, which must have had one budget."""
+        """Variants that draft dynamic trees, which must have had one budget."""
         return [
-            Entry(names[name], _tree(folder, "eagle3"), self._budget_of(name), folder)
+            Entry(names[name], _tree(folder, name), self._budget_of(name), folder)
             for name, folder in self._same_budget(self._folders(names)).items()
         ]
 
@@ -416,10 +425,11 @@ class Lab:
 
     def _same_budget(self, folders: dict[str, Path]) -> dict[str, Path]:
         budgets = {name: budget_of(card_of(folder)) for name, folder in folders.items()}
-        if len(distinct := {tuple(one.items()) for one in budgets.values()}) > 1:
+        if any(one != next(iter(budgets.values())) for one in budgets.values()):
+            told = "\n".join(f"{name}: {budget}" for name, budget in budgets.items())
             raise ValueError(
-                f"{', '.join(budgets)} were not trained alike: {sorted(distinct)}; move those that"
-                " differ away and train them again"
+                "these heads were not trained alike; move those that differ away and train them"
+                f" again:\n{told}"
             )
         return folders
 
@@ -436,21 +446,16 @@ class Lab:
         temperatures: Sequence[float],
         *,
         batch: int = 1,
-        file: str = "",
     ) -> tuple[list[Record], pd.DataFrame]:
-        """Records of every entry, by its key, and its rows, by its method.
-
-        What one `file` holds was timed in turns; it is the quantity's own if left out.
-        """
+        """Records of every entry, by its key, timed in turns, and its rows, by its method."""
         methods = {one.key: lambda one=one: one.load(self.run.target) for one in entries}
-        wanted = min(self.plan.num_prompts, self.run.num_prompts)
         fewest = 1 if batch == 1 else FEWEST_BATCHES
-        num_prompts, records = batch * max(fewest, wanted // batch), []
+        num_prompts, records = batch * max(fewest, self.num_prompts // batch), []
         for name in sets:
             for temperature in temperatures:
                 records += measure.compare(
                     self.run.target, methods, self.run.questions(name, num_prompts), prompts=name,
-                    path=self.run.records / f"{file or quantity}.jsonl", temperature=temperature,
+                    path=self.run.records / f"{quantity}.jsonl", temperature=temperature,
                     max_new_tokens=self.run.max_new_tokens, batch=batch, seed=self.run.seed,
                 )  # fmt: skip
         found = self._named(self.run.decode_rows(records), entries)
@@ -480,13 +485,9 @@ class Lab:
         return self._named(found, entries) if len(found) else found
 
 
-def _none() -> pd.DataFrame:
-    return pd.DataFrame()
-
-
-def _tree(folder: Path, method: str, tree: TreeConfig | None = None) -> Load:
+def _tree(folder: Path, variant: str = "eagle3", tree: TreeConfig | None = None) -> Load:
     """The drafter of a checkpoint with its own dynamic tree, or another."""
-    module = {"eagle3": eagle3, "eagle2": eagle2}[method]
+    module = {"eagle3": eagle3, "eagle2": eagle2}[VARIANTS[variant].method.name]
     return lambda target: module.Drafter.load(folder, target, tree)
 
 
@@ -539,7 +540,9 @@ def stage_parser(
     parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="of what is measured")
     parser.add_argument("--work", type=Path, default=work, help="where what is trained alike is")
     parser.add_argument("--target", default=EMBEDDED, help="smollm2, a Hub id or a folder")
-    parser.add_argument("--num-prompts", type=int, default=0, help="of each set; 0 is the tier's")
+    parser.add_argument(
+        "--num-prompts", type=int, default=0, help="of each set; 0 is the stage's own"
+    )
     parser.add_argument("--figures-dir", type=Path, default=Path("figures"))
     return parser
 

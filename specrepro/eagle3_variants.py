@@ -31,6 +31,7 @@ from specrepro.medusa import Medusa
 from specrepro.recipes import Method, Recipe
 from specrepro.target_model import EMBEDDED, Target
 from specrepro.target_model import load as load_target
+from specrepro.training_cards import card_of
 
 WORK = Path("runs") / "whole" / "eagle3" / "variants"  # where tier `full` looks for them
 
@@ -109,8 +110,7 @@ class Workshop:
 
     def card(self, variant: Variant) -> dict[str, Any] | None:
         """What a trained variant's card says; None before that."""
-        path = self.folder(variant) / "card.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return card_of(self.folder(variant)) or None
 
     def train(self, variant: Variant, features: Path) -> Path:
         """The variant's checkpoint, trained unless it is there; goes on where it was interrupted.
@@ -131,12 +131,13 @@ class Workshop:
         """The budget's number of steps is of its share, so a larger share takes more."""
         if self.budget.steps is None:
             return self.budget.epochs * variant.times
-        recipe = Recipe.of(variant.method, self.target)
         answers = self._sample(self.budget.share, features).answers
-        batch_tokens = self.budget.batch_tokens or recipe.batch_tokens
-        in_one = corpus.num_batches(answers, batch_tokens, 1.0)
+        in_one = corpus.num_batches(answers, self._batch_tokens(variant), 1.0)
         _, num_ranks = draft_training.join_processes()
         return self.budget.steps * num_ranks / in_one * variant.times
+
+    def _batch_tokens(self, variant: Variant) -> int:
+        return self.budget.batch_tokens or Recipe.of(variant.method, self.target).batch_tokens
 
     def _sample(self, share: float, features: Path) -> corpus.Sequences:
         """The part of the corpus that `recipes.variant` trains on."""
@@ -147,6 +148,7 @@ class Workshop:
         method = recipes.changed(Recipe.of(variant.method, self.target), variant.settings).method
         wanted = {
             "corpus": self._sample(self.budget.share * variant.scale, features).hash,
+            "batch_tokens": self._batch_tokens(variant),
             "epochs": self._epochs(variant, features),
             "method": json.loads(json.dumps(asdict(method))),
         }
@@ -180,7 +182,9 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def train_all(workshop: Workshop, variants: Sequence[Variant], features: Path) -> None:
     """Train what no other process is training, and print the time that each took."""
-    for variant in variants:
+    for number, variant in enumerate(variants, 1):
+        if draft_training.is_first_process():
+            print(f"[{number}/{len(variants)}] {variant.name}", flush=True)
         was_there = workshop.card(variant) is not None
         with claimed(workshop.work / variant.name) as is_ours:
             began = time.perf_counter()

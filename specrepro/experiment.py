@@ -111,6 +111,7 @@ class Run:
             dtype = self.published.dtype
         self.target_name, self.dtype, self.seed = target, dtype, seed
         self.prompts_dir = prompts_dir  # of tier paper: a folder for each set, in place of the Hub
+        self.asked_prompts = num_prompts  # 0 where the tier, or a stage of it, chooses
         self.num_prompts = num_prompts or self.tier.num_prompts
         self.max_new_tokens = max_new_tokens or self.tier.max_new_tokens
         self.folder = Path(figures_dir) / paper
@@ -308,7 +309,8 @@ class Run:
         and is left out where the target does not fit its device in it.
         Where prompts are many, drafters that draft badly are asked too: `controls`, and one that is
         always wrong. Each case is measured once and kept, to resume from.
-        `num_prompts` of each set, where 0 is the tier's share; one makes no batch of four.
+        `num_prompts` of each set, where 0 is the tier's share; fewer than four make a smaller
+        batch, and one makes none.
         """
         if self.tier.audited_prompts >= 40:
             wrong = {"wrong drafts": lambda target: losslessness.WrongDrafts()}
@@ -317,7 +319,7 @@ class Run:
         exact = ("float32",) if self.published is None or self.published.exact else ()
         own = measure.dtype_name(self.target)  # what "auto" came to
         tables = []
-        batches = (1, 4) if num_prompts > 1 else (1,)
+        batches = dict.fromkeys((1, min(4, num_prompts)))
         cases = itertools.product(samplings, dict.fromkeys((own, *exact)), sets, batches)
         for sampling, dtype, name, batch in cases:
             if sampling.is_greedy or dtype == "float32":  # rounding alone turns many a race

@@ -220,7 +220,7 @@ class Lab(eagle3_lab.Lab):
 
     def _rounds(self, way: str, target: Target, drafters: Mapping[str, Drafter]) -> pd.DataFrame:
         run = self.run
-        asked = run.questions("chat", min(self.plan.num_prompts, run.num_prompts))
+        asked = run.questions("chat", self.num_prompts)
         for drafter, (_, ids) in product(drafters.values(), asked):  # or compiling would be timed
             decode(target, drafter, ids, run.max_new_tokens)
         records = measure.compare(
@@ -256,7 +256,7 @@ class Lab(eagle3_lab.Lab):
 
     def _texts(self) -> list[fasteagle_rows.Text]:
         """Questions with the target's own greedy answers."""
-        questions = self.run.questions("chat", min(self.plan.num_prompts, self.run.num_prompts))
+        questions = self.run.questions("chat", self.num_prompts)
         limit = self.run.max_new_tokens
         return [
             (ids, decode_autoregressively(self.run.target, ids, max_new_tokens=limit).tokens)

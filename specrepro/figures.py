@@ -365,7 +365,10 @@ def tree_sweep(rows: pd.DataFrame) -> Figure:
 
 
 def _depth_lines(axes: Axes, metric: str, rows: pd.DataFrame) -> list[Line2D]:
-    """Deeper is darker; what else varies (branching, method, ...) changes the dashes."""
+    """Deeper is darker; what else varies (branching, method, ...) changes the dashes.
+
+    `draft_depth` counts what follows the first level, as the papers' code does.
+    """
     depths = sorted(rows["draft_depth"].unique())
     shades = seaborn.color_palette("viridis_r", len(depths) + 1).as_hex()[1:]
     dashes, handles = ["-", "--", ":", "-."], []
@@ -375,7 +378,7 @@ def _depth_lines(axes: Axes, metric: str, rows: pd.DataFrame) -> list[Line2D]:
             curve = line[line["draft_depth"] == depth].dropna(subset=[metric])
             if curve.empty:
                 continue
-            name = f"depth {depth:g}" + (f", {label}" if label else "")
+            name = f"{depth + 1:g} levels" + (f", {label}" if label else "")
             handles.append(_banded_line(axes, curve, "total_tokens", metric, shade, name))
             handles[-1].set_linestyle(dashes[index % len(dashes)])
     return handles

@@ -102,7 +102,7 @@ class Lab(eagle3_lab.Lab):
         drafters = {FIRST: self._first(), OURS: self.load(self.run.target)}
         tables = [
             path_rows(
-                self.run.target, drafters, self.run.questions(name, self._num_prompts()),
+                self.run.target, drafters, self.run.questions(name, self.num_prompts),
                 prompts=name, max_new_tokens=self.run.max_new_tokens,
             )
             for name in SETS
@@ -117,7 +117,7 @@ class Lab(eagle3_lab.Lab):
 
     def _answered(self, name: str) -> list[Answered]:
         """The prompts of a set that the target has answered greedily."""
-        questions = self.run.questions(name, self._num_prompts())
+        questions = self.run.questions(name, self.num_prompts)
         records = self._measure("rewards", [], (name,), (0.0,))[0]
         answers = {one.prompt_id: one.tokens for one in records if one.error is None}
         return [Answered(ids, answers[key]) for key, ids in questions if key in answers]
@@ -194,7 +194,7 @@ class Lab(eagle3_lab.Lab):
     def _sums(self, name: str, folder: Path) -> np.ndarray:
         """(answers, 1 + TREE_VALUES) of the head in a folder; taken once."""
         digest = checkpoints.digest(folder)[:8]
-        place = f"held_out_{name}_{digest}_{self._num_prompts()}"
+        place = f"held_out_{name}_{digest}_{self.num_prompts}"
         table = self.run.once(place, lambda: self._tree_values(folder))
         return table[["positions", *TREE_VALUES]].to_numpy(float)
 
@@ -240,9 +240,6 @@ class Lab(eagle3_lab.Lab):
         return pd.DataFrame(found)
 
     # --- drafters
-
-    def _num_prompts(self) -> int:
-        return min(self.plan.num_prompts, self.run.num_prompts)
 
     def _first(self) -> eagle3.Drafter:
         """The head that the tuned one began from, with the tuned one's tree."""

@@ -28,6 +28,7 @@ from specrepro.decoding import Drafter, decode
 from specrepro.packed_linear import unpack
 from specrepro.target_model import EMBEDDED, Target, choose_dtype
 from specrepro.target_model import load as load_target
+from specrepro.training_cards import card_of
 
 COMMITTED = Path(__file__).parent.parent / "checkpoints"
 OVERRIDES = Path(__file__).parent / "embedded.yaml"
@@ -179,18 +180,13 @@ def make_checkpoint(
         card = _card(recipe, target, features, work, len(questions))
         card |= {"processes": num_ranks, "minutes_of_the_last_stretch": minutes}
         if start is not None:
-            card["start"] = {"sha256": _digest(start)} | _card_of(start)
+            card["start"] = {"sha256": _digest(start)} | card_of(start)
         checkpoints.write_text(destination / "card.json", json.dumps(card, indent=2) + "\n")
     return destination
 
 
 def _digest(folder: Path | None) -> str | None:
     return None if folder is None else checkpoints.digest(folder)
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    path = folder / "card.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _card(

@@ -74,9 +74,3 @@ def training_rows(card: Mapping[str, Any]) -> pd.DataFrame:
         ]
         before += _num_steps(one) * _positions_a_step(one)
     return pd.DataFrame(found)
-
-
-def budgets(folders: Mapping[str, Path]) -> pd.DataFrame:
-    """What each checkpoint was trained on, for a reader to compare before comparing heads."""
-    known = {name: budget_of(card_of(folder)) for name, folder in folders.items()}
-    return pd.DataFrame.from_dict(known, orient="index")

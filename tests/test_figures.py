@@ -243,7 +243,7 @@ def test_the_sweep_draws_a_line_per_depth_and_leaves_out_what_was_not_timed():
     assert len(figures.tree_sweep(ROWS).axes) == 2
     untimed = figures.tree_sweep(ROWS.drop(columns="speedup"))
     (panel,) = untimed.axes
-    assert legend_labels(untimed) == ["depth 3", "depth 5"]
+    assert legend_labels(untimed) == ["4 levels", "6 levels"]
     assert [list(line.get_xdata()) for line in panel.lines] == [[8, 16, 32]] * 2
 
 
