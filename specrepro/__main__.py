@@ -267,7 +267,9 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         for name in assets.ARCHIVES
         if is_embedded or name != "smollm2"
     ]
-    features = " and 10 GB for features" if parameters.get("from_scratch") else ""
+    trains = (parameters.get("from_scratch") or tier == "full") and not chosen.num_answers
+    features = ", and 40 GB in runs/ for features of the corpus" if trains else ""
+    more = ", and hours to train the head" if trains and chosen.time != "hours" else ""
     lines = {
         "paper": PAPERS[paper],
         "tier": f"{tier}, {chosen.about}",
@@ -276,11 +278,13 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         if paper == "tts"
         else f"{num_prompts} prompts of each of {len(prompts.PROMPT_SETS)} sets at"
         f" temperature 0 and 1, {max_new_tokens} new tokens, {chosen.repeats} repeats",
-        "time": f"{chosen.time} on two CPU cores" if is_embedded else "as the target takes",
+        "time": f"{chosen.time} on two CPU cores{more}"
+        if is_embedded
+        else "as the target takes",
         "memory": "under 6 GB"
         if is_embedded
         else "the target's weights, twice in float32, and 4 GB",
-        "disk": f"1 GB{features} in the cache",
+        "disk": f"1 GB in the cache{features}",
         "archives": ", ".join(archives),
         "writes": f"{folder}: results.csv, verdict.json, manifest.json, fig_*.png, executed.ipynb",
     }

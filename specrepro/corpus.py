@@ -618,7 +618,7 @@ def _check_room(folder: Path, num_bytes: int) -> None:
         raise OSError(
             f"the features of this corpus take {num_bytes / 1e9:.1f} GB"
             f" but {folder} has {free / 1e9:.1f} GB free;"
-            " set SPECREPRO_CACHE to a larger disk"
+            " make room, take fewer answers, or begin in a folder of a larger disk"
         )
 
 

@@ -2,7 +2,7 @@
 
 arXiv:2503.01840.
 
-Reproduced: the head (section 3.1), training-time test (3.2), dynamic draft trees (EAGLE-2's,
+Implemented: the head (section 3.1), training-time test (3.2), dynamic draft trees (EAGLE-2's,
 appendix A), Table 1's measures at temperature 0 and 1; Table 2's ablations, acceptance by depth,
 data scaling and throughput against batch size, by `eagle3_lab`.
 Not reproduced here: the paper's targets and GPUs at any tier below `paper`; serving tables 3 to 5.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ OWN = {  # the method that a paper is about
     "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",
     "adaeagle": "AdaEAGLE", "tts": "SAM[EAGLE-3]",
 }  # fmt: skip
+BESIDE = {  # quantity -> the heading of its table
+    "baselines": "Beside other methods, on the same prompts and the same clock",
+    "ablation": "Ablation",
+}
 OF_SEVERAL_SETS = ("mean", "overall")
 _UNITS = (("speedup", "x"), ("tau", ""))
 
@@ -106,6 +110,7 @@ def page_of(paper: str) -> str:
         f"## What `./reproduce.sh {paper}` measured\n\n{tables[0] if tables else NONE}",
         f"## Claim by claim\n\n{_summaries(verdicts)}\n\n{LEGEND}\n\n{_claims_table(verdicts)}",
         *(f"## Every prompt set\n\n{table}" for table in tables[1:]),
+        *(f"## {title}\n\n{table}" for title, table in _tables_beside(paper).items()),
         f"## Figures\n\n{_figures(path.parent)}",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -166,15 +171,27 @@ def _decoded(paper: str) -> pd.DataFrame:
 
     Of the tier that the verdict is of.
     """
+    found = _rows(paper, "decode")
+    if found.empty:
+        return found
+    sizes = [1, *_batch_sizes(_reported(paper))]
+    return found[found["batch"].isin(sizes) & (found["tier"] == _tier(paper))]
+
+
+def _rows(paper: str, quantity: str) -> pd.DataFrame:
+    """The committed rows of what was drafted; empty where nothing was measured."""
     path = page(paper).with_name("results.csv")
     if not path.is_file():
         return pd.DataFrame()
     found = pd.read_csv(path, low_memory=False)
-    sizes = [1, *_batch_sizes(_reported(paper))]
-    decoded = found[(found["quantity"] == "decode") & found["batch"].isin(sizes)]
-    return decoded[
-        (decoded["method"] != measure.AUTOREGRESSIVE) & (decoded["tier"] == _tier(paper))
-    ]
+    return found[(found["quantity"] == quantity) & (found["method"] != measure.AUTOREGRESSIVE)]
+
+
+def _tables_beside(paper: str) -> dict[str, str]:
+    """Means of `BESIDE`, by heading, where they were measured."""
+    found = {title: _rows(paper, quantity) for quantity, title in BESIDE.items()}
+    told = {title: table for title, table in found.items() if len(table)}
+    return {title: table_of(paper, means(table), _of_any_model) for title, table in told.items()}
 
 
 def means(decoded: pd.DataFrame) -> pd.DataFrame:
@@ -184,12 +201,16 @@ def means(decoded: pd.DataFrame) -> pd.DataFrame:
     return decoded[is_mean | ~is_mean.groupby(setting).transform("any")]
 
 
-def table_of(paper: str, decoded: pd.DataFrame) -> str:
-    """Speedup and tau with intervals, measured beside reported, in Markdown.
+def table_of(
+    paper: str,
+    decoded: pd.DataFrame,
+    told: Callable[[str], pd.DataFrame] | None = None,
+) -> str:
+    """Speedup and tau with intervals, measured beside what is `told`, in Markdown.
 
     With a column of batch sizes where the paper's own tables have one.
     """
-    reported = _reported(paper)
+    reported = (told or _reported)(paper)
     batches = ["batch"] if len(_batch_sizes(reported)) else []
     keys = ["method", "temperature", *batches, "prompts"]
     names = ["method", "T", *batches, "prompts", "n", "speedup [95 %]", "tau [95 %]"]
@@ -201,9 +222,17 @@ def table_of(paper: str, decoded: pd.DataFrame) -> str:
 
 def _reported(paper: str) -> pd.DataFrame:
     """The authors' own cells of decoding, of the model that is set beside ours."""
+    reported = _of_any_model(paper)
+    return reported[reported["model"] == reported_model(paper)].drop(columns="of")
+
+
+def _of_any_model(paper: str) -> pd.DataFrame:
+    """Those of all models, that one first, and in `of` the name of any other."""
     reported = claims.reported(paper)
     reported = reported[(reported["quantity"] == "decode") & (reported["by"] == "authors")]
-    return reported[reported["model"] == reported_model(paper)]
+    is_other = reported["model"] != reported_model(paper)
+    named = reported.assign(of=reported["model"].where(is_other, ""))
+    return named.sort_values("of", key=lambda names: names != "", kind="stable")
 
 
 def _batch_sizes(reported: pd.DataFrame) -> Sequence[float]:
@@ -230,11 +259,14 @@ def _beside(row: Mapping[str, object], keys: Sequence[str], reported: pd.DataFra
 def _reported_cell(cell: Mapping[str, object]) -> str:
     """Speedup and tau, as far as the paper tells them."""
     found = ["-" if pd.isna(cell.get(n)) else f"{cell[n]:.2f}{unit}" for n, unit in _UNITS]
-    return " / ".join(found).removesuffix(" / -")
+    other = f" ({cell['of']})" if cell.get("of") else ""
+    return " / ".join(found).removesuffix(" / -") + other
 
 
 def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
-    """A number and its interval, which a lone prompt or batch has not."""
+    """A number and its interval, which a lone prompt or batch has not; `-` if not measured."""
+    if pd.isna(row[name]):
+        return "-"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
     return f"{row[name]:.2f}{unit}{ends}"
