@@ -278,9 +278,7 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         if paper == "tts"
         else f"{num_prompts} prompts of each of {len(prompts.PROMPT_SETS)} sets at"
         f" temperature 0 and 1, {max_new_tokens} new tokens, {chosen.repeats} repeats",
-        "time": f"{chosen.time} on two CPU cores{more}"
-        if is_embedded
-        else "as the target takes",
+        "time": f"{chosen.time} on two CPU cores{more}" if is_embedded else "as the target takes",
         "memory": "under 6 GB"
         if is_embedded
         else "the target's weights, twice in float32, and 4 GB",

@@ -17,6 +17,7 @@ import pandas as pd
 
 from specrepro import checkpoints, claims, measure
 from specrepro.experiment import PAPERS, ROOT, reported_model
+from specrepro.prompts import PROMPT_SETS
 
 README = ROOT / "README.md"
 NONE = "Not measured yet.\n"
@@ -109,7 +110,7 @@ def page_of(paper: str) -> str:
         MARK,
         f"## What `./reproduce.sh {paper}` measured\n\n{tables[0] if tables else NONE}",
         f"## Claim by claim\n\n{_summaries(verdicts)}\n\n{LEGEND}\n\n{_claims_table(verdicts)}",
-        *(f"## Every prompt set\n\n{table}" for table in tables[1:]),
+        *(f"## Every prompt set\n\n{table}\n{_sets(decoded)}" for table in tables[1:]),
         *(f"## {title}\n\n{table}" for title, table in _tables_beside(paper).items()),
         f"## Figures\n\n{_figures(path.parent)}",
     ]
@@ -152,6 +153,16 @@ def _claims_table(verdicts: list[claims.Verdict]) -> str:
         for why, ids in claims.untested(verdicts).items()
     ]
     return "\n".join([claims.as_markdown(tested), "", *lines])
+
+
+def _sets(decoded: pd.DataFrame) -> str:
+    """What the prompt sets hold, and which of the papers' they stand for."""
+    told = [
+        f"{name} ({one.stands_for}): {one.holds}"
+        for name, one in PROMPT_SETS.items()
+        if name in set(decoded["prompts"])
+    ]
+    return f"Prompts, and the papers' that they stand for: {'; '.join(told)}." if told else ""
 
 
 def _figures(folder: Path) -> str:
