@@ -267,8 +267,9 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         for name in assets.ARCHIVES
         if is_embedded or name != "smollm2"
     ]
-    trains = (parameters.get("from_scratch") or tier == "full") and not chosen.num_answers
-    features = ", and 40 GB in runs/ for features of the corpus" if trains else ""
+    is_trained_at_full = tier == "full" and paper not in ("cast", "tts")  # with EAGLE-3's head
+    trains = (parameters.get("from_scratch") or is_trained_at_full) and not chosen.num_answers
+    features = ", and in runs/ features of the corpus" + " (40 GB)" * is_embedded if trains else ""
     more = ", and hours to train the head" if trains and chosen.time != "hours" else ""
     lines = {
         "paper": PAPERS[paper],

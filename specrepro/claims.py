@@ -14,7 +14,7 @@ verdict is `proxy`. The other kinds are judged at any tier from `tier_needed` up
 % interval lies. An ordering reads its interval from a row of quantity `paired_difference`
 (columns `method`, `versus`, `metric`, `value`, `value_low`, `value_high`) where there is one,
 else from the two rows' intervals. Rows of different sources are never mixed in one verdict: those
-measured now go first.
+measured now go first, of an audit those of most prompts, unless fewer failed.
 
 Not done here: measuring, and correcting for the number of claims judged.
 """
@@ -323,13 +323,17 @@ def _judge_one(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:
 
 
 def _sources(claim: Claim, rows: pd.DataFrame) -> list[str]:
-    """Where rows come from, those measured now first; of an audit, those of most prompts."""
+    """Where rows come from, those measured now first; of an audit, those that failed, then those
+    of most prompts.
+    """
     is_audit = claim.setting.get("quantity") == "losslessness"
-    matching = _matching(rows, claim.setting) if is_audit else rows.head(0)
-    most = matching.groupby("source")["num_prompts"].max()
-    return sorted(
-        rows["source"].unique(), key=lambda name: (-most.get(name, 0), name != MEASURED_NOW, name)
-    )
+    audited = _matching(rows, claim.setting) if is_audit else rows.head(0)
+    worst, most = (audited.groupby("source")[name].max() for name in ("value", "num_prompts"))
+
+    def rank(source: str) -> tuple:
+        return -worst.get(source, 0), -most.get(source, 0), source != MEASURED_NOW, source
+
+    return sorted(rows["source"].unique(), key=rank)
 
 
 def _judge_value(claim: Claim, rows: pd.DataFrame, tier: str) -> Verdict:

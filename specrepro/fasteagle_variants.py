@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from specrepro.target_model import Target
 from specrepro.target_model import load as load_target
 
 WORK = Path("runs") / "whole" / "fasteagle" / "variants"  # where tier `full` looks for them
+BUDGET = Budget(epochs=2.0)
 OURS, EAGLE3 = "FastEagle", "EAGLE-3"
 LAYERS = (1, 2, 4, 5, 7)  # beside the recipe's own number
 ABLATED = {  # variant -> its name in tables
@@ -68,7 +69,7 @@ class Bench:
 
     target: Target
     work: Path = WORK
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = BUDGET
 
     @property
     def workshop(self) -> Workshop:
@@ -157,8 +158,8 @@ def train(bench: Bench, wanted: Sequence[str], features: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.fasteagle_variants <corpus>`, alone or under torchrun."""
-    parser = training_parser("fasteagle_variants", __doc__, names(), WORK, Budget())
-    parser.add_argument("--epochs", type=float, default=Budget().epochs)
+    parser = training_parser("fasteagle_variants", __doc__, names(), WORK, BUDGET)
+    parser.add_argument("--epochs", type=float, default=BUDGET.epochs)
     options = start(parser, arguments)
     budget = Budget(options.share, options.epochs, options.steps)
     bench = Bench(load_target(options.target), options.work, budget)

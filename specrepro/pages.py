@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from specrepro import checkpoints, claims, measure
-from specrepro.experiment import PAPERS, ROOT, reported_model
+from specrepro.claims import MEASURED_NOW
+from specrepro.experiment import COMMITTED, PAPERS, ROOT, TIERS, reported_model
 from specrepro.prompts import PROMPT_SETS
 
 README = ROOT / "README.md"
@@ -199,10 +200,15 @@ def _rows(paper: str, quantity: str) -> pd.DataFrame:
 
 
 def _tables_beside(paper: str) -> dict[str, str]:
-    """Means of `BESIDE`, by heading, where they were measured."""
-    found = {title: _rows(paper, quantity) for quantity, title in BESIDE.items()}
-    told = {title: table for title, table in found.items() if len(table)}
-    return {title: table_of(paper, means(table), _of_any_model) for title, table in told.items()}
+    """Means of `BESIDE`, by heading, where they were measured; of the largest tier."""
+    tables = {}
+    for quantity, title in BESIDE.items():
+        found = _rows(paper, quantity)
+        if len(found):
+            largest = max(found["tier"], key=list(TIERS).index)
+            found = means(found[found["tier"] == largest])
+            tables[title] = table_of(paper, found, _of_any_model(paper, quantity))
+    return tables
 
 
 def means(decoded: pd.DataFrame) -> pd.DataFrame:
@@ -215,13 +221,13 @@ def means(decoded: pd.DataFrame) -> pd.DataFrame:
 def table_of(
     paper: str,
     decoded: pd.DataFrame,
-    told: Callable[[str], pd.DataFrame] | None = None,
+    reported: pd.DataFrame | None = None,
 ) -> str:
-    """Speedup and tau with intervals, measured beside what is `told`, in Markdown.
+    """Speedup and tau with intervals, measured beside reported, in Markdown.
 
     With a column of batch sizes where the paper's own tables have one.
     """
-    reported = (told or _reported)(paper)
+    reported = _reported(paper) if reported is None else reported
     batches = ["batch"] if len(_batch_sizes(reported)) else []
     keys = ["method", "temperature", *batches, "prompts"]
     names = ["method", "T", *batches, "prompts", "n", "speedup [95 %]", "tau [95 %]"]
@@ -233,17 +239,21 @@ def table_of(
 
 def _reported(paper: str) -> pd.DataFrame:
     """The authors' own cells of decoding, of the model that is set beside ours."""
-    reported = _of_any_model(paper)
+    reported = _of_any_model(paper, "decode")
     return reported[reported["model"] == reported_model(paper)].drop(columns="of")
 
 
-def _of_any_model(paper: str) -> pd.DataFrame:
-    """Those of all models, that one first, and in `of` the name of any other."""
-    reported = claims.reported(paper)
-    reported = reported[(reported["quantity"] == "decode") & (reported["by"] == "authors")]
-    is_other = reported["model"] != reported_model(paper)
-    named = reported.assign(of=reported["model"].where(is_other, ""))
-    return named.sort_values("of", key=lambda names: names != "", kind="stable")
+def _of_any_model(paper: str, quantity: str) -> pd.DataFrame:
+    """Those of all models, of the `quantity` or of decoding.
+
+    The quantity's own and that model's come first; `of` is the name of any other.
+    """
+    found = claims.reported(paper)
+    found = found[found["quantity"].isin([quantity, "decode"]) & (found["by"] == "authors")]
+    is_other = found["model"] != reported_model(paper)
+    order = pd.DataFrame({"quantity": found["quantity"] != quantity, "model": is_other})
+    found = found.assign(of=found["model"].where(is_other, ""))
+    return found.loc[order.sort_values(["quantity", "model"], kind="stable").index]
 
 
 def _batch_sizes(reported: pd.DataFrame) -> Sequence[float]:
@@ -285,9 +295,12 @@ def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
 
 def _provenance(decoded: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     one = decoded.iloc[0]
+    is_of_it = one["tier"] == manifest.get("tier")
+    limit = f" at most {manifest['max_new_tokens']} new tokens," if is_of_it else ""
+    others = set(decoded["source"].dropna()) - {MEASURED_NOW, COMMITTED}
+    how = ", ".join(sorted(others)) or "prefill timed"
     return (
         f"\nTier `{one['tier']}`, target {one['target']}, {one['dtype']} on {one['device']}"
-        f" ({one['threads']:g} threads), at most {manifest['max_new_tokens']} new tokens, prefill"
-        f" timed, torch {one['torch']}, {str(one['when'])[:10]}, commit"
-        f" {str(one['commit'])[:12]}.\n"
+        f" ({one['threads']:g} threads),{limit} {how}, torch {one['torch']},"
+        f" {str(one['when'])[:10]}, commit {str(one['commit'])[:12]}.\n"
     )

@@ -230,6 +230,14 @@ def test_losslessness_is_an_exact_count():
     assert (verdict.verdict, verdict.measured) == ("not reproduced", 2)
 
 
+def test_an_audit_of_many_prompts_goes_before_one_of_few_unless_that_one_failed():
+    full = losslessness(0) | {"source": "committed full rows", "num_prompts": 20}
+    now = losslessness(0) | {"source": claims.MEASURED_NOW, "num_prompts": 2}
+    assert verdict_of(LOSSLESS, [now, full]).num_prompts == 20
+    verdict = verdict_of(LOSSLESS, [now | {"value": 1}, full])
+    assert (verdict.verdict, verdict.num_prompts) == ("not reproduced", 2)
+
+
 def test_no_speedup_is_judged_when_half_precision_parted_at_a_large_gap():
     tie = {"quantity": "near_tie", "method": "EAGLE-3", "dtype": "bfloat16", "temperature": 0}
     rows = [row(1.5, 1.6, "speedup"), tie | {"prompts": "chat", "value": 1.0}]

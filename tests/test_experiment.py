@@ -136,7 +136,8 @@ def test_where_auto_comes_to_float32_nothing_is_audited_twice(tiny_run, monkeypa
     tiny_run.depends_on(checkpoint="one")
     monkeypatch.setattr(experiment.losslessness, "losslessness", losslessness)
     tiny_run.audit({}, num_prompts=2)
-    assert len(audited) == len(set(audited)) == 8, "two sets, alone and four together, drawn or not"
+    assert len(audited) == len(set(audited)) == 8, "two sets, alone and together, drawn or not"
+    assert {batch for _, _, batch in audited} == {1, 2}, "two make no batch of four"
     audited.clear()
     tiny_run.audit({}, num_prompts=1)
     assert len(audited) == 4 and {batch for _, _, batch in audited} == {1}, "one makes no batch"

@@ -49,7 +49,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "draft_layer": {"target_model"},
     "recipes": {
         "checkpoints", "corpus", "decoding", "draft_training", "packed_linear", "prompts",
-        "target_model",
+        "target_model", "training_cards",
     },
     "measure": {"decoding", "target_model", "draft_tree", "packed_linear"},
     "rows": {"measure", "target_model"},
@@ -64,7 +64,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "measure", "rows", "losslessness", "claims", "prompts", "corpus", "decoding",
         "target_model", "figures", "assets", "checkpoints",
     },
-    "pages": {"experiment", "measure", "claims", "checkpoints"},
+    "pages": {"experiment", "measure", "claims", "checkpoints", "prompts"},
     "__main__": {"experiment", "pages", "assets", "claims", "paper_tier", "prompts", "tts"},
     "suffix": set(),
     "ngram": NGRAM | {"suffix"},
@@ -74,7 +74,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "training_cards": set(),
     "eagle3_variants": {
         "eagle3", "eagle2", "medusa", "draft_lm", "recipes", "corpus", "draft_training",
-        "target_model",
+        "target_model", "training_cards",
     },
     "eagle3_figures": {"figures"},
     "headroom": {"draft_tree", "target_model", "tree_verify"},
