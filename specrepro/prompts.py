@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ COMPLETE_THE_FUNCTION = "Complete the following Python function.\n\n```python\n{
 SUMMARISE = "Summarize the following text in a few sentences:\n\n{}"
 
 SOURCES = ("sharegpt", "magpie")  # of training prompts
-WRITTEN = Path(__file__).parent.parent / "corpus" / "magpie.jsonl"
+WRITTEN = Path(__file__).parent.parent / "corpus" / "magpie.jsonl.xz"
 
 # counted up whenever the choice of ShareGPT prompts changes, so that none is read from an old cache
 _SORTING = 1
@@ -194,8 +195,8 @@ def to_line(prompt: Prompt) -> str:
 
 
 def read(path: Path) -> Iterator[Prompt]:
-    """The prompts of a file of such lines."""
-    with path.open(encoding="utf-8") as lines:
+    """The prompts of a file of such lines, packed with xz or plain."""
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as lines:
         for prompt_id, name, texts in map(json.loads, lines):
             yield Prompt(prompt_id, name, _conversation(texts))
 

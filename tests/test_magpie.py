@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,9 @@ def test_what_was_written_is_read_in_a_fair_order_and_never_an_evaluation_prompt
 ):
     held = prompts.load("chat", 1)[0].messages[-1]["content"]
     texts = [held.upper(), "What is a tree?", "what is a tree", "Why not?", "How far is it?"]
-    path = tmp_path / "magpie.jsonl"
+    path = tmp_path / "magpie.jsonl.xz"
     written = [prompts.written_by_target(f"0/{n}", text) for n, text in enumerate(texts)]
-    path.write_text("".join(map(prompts.to_line, written)))
+    path.write_bytes(lzma.compress("".join(map(prompts.to_line, written)).encode()))
     monkeypatch.setattr(prompts, "WRITTEN", path)
     read = list(prompts.training_prompts(["magpie"]))
     assert {one.id for one in read} == {"magpie/0/1", "magpie/0/3", "magpie/0/4"}
