@@ -14,7 +14,7 @@ verdict is `proxy`. The other kinds are judged at any tier from `tier_needed` up
 % interval lies. An ordering reads its interval from a row of quantity `paired_difference`
 (columns `method`, `versus`, `metric`, `value`, `value_low`, `value_high`) where there is one,
 else from the two rows' intervals. Rows of different sources are never mixed in one verdict: those
-measured now go first, of an audit those of most prompts, unless fewer failed.
+measured now go first; of an audit those that failed, then those of most prompts.
 
 Not done here: measuring, and correcting for the number of claims judged.
 """

@@ -10,9 +10,9 @@ greedy at every temperature and verification is the exact one that every drafter
 keeps its distribution, but tau above temperature 0 is another than the papers'. Never run on a GPU.
 Departs from the papers:
 - the small model is a two-layer Llama of the shape of vicuna-68m (narrower for the embedded target,
-  see embedded.yaml), made for this target: its one
-  table of words, for input and output, starts as the best approximation of the target's output head
-  of that width, because a small corpus would teach few of them from nothing, and is then trained;
+  see embedded.yaml), made for this target: its one table of words, for input and output, starts as
+  the best approximation of the target's output head of that width, because a small corpus would
+  teach few of them from nothing, and is then trained;
 - it is distilled from the target's distribution over the target's own answers, as every drafter
   here, where the papers take a model that was trained without the target.
 """
