@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, eagle2, eagle3, recipes
+from specrepro import checkpoints, commands, corpus, eagle2, eagle3, recipes
 from specrepro.draft_labels import NO_LABEL, Labels
 from specrepro.draft_tree import DraftTree, Growth, take_shape
 from specrepro.packed_linear import pack
@@ -480,4 +480,5 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(AdaEagle, ["--evaluations", "1", "--epochs", "5", *sys.argv[1:]])
+    defaults = ["--evaluations", "1", "--epochs", "5"]
+    commands.run(recipes.main, AdaEagle, [*defaults, *sys.argv[1:]])

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from specrepro import adaeagle, checkpoints, corpus, recipes
+from specrepro import adaeagle, checkpoints, commands, corpus, recipes
 from specrepro.adaeagle import BASES, AdaEagle
 from specrepro.measure import dtype_name, target_name
 from specrepro.recipes import Recipe
@@ -128,4 +128,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

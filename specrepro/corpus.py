@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from specrepro import checkpoints, prompts, target_model
+from specrepro import checkpoints, commands, prompts, target_model
 from specrepro.decoding import Autoregressive, decode, most_probable
 from specrepro.target_model import Scores, Target, pad
 from specrepro.tree_verify import Verdict
@@ -682,4 +682,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from specrepro import checkpoints, corpus, recipes
+from specrepro import checkpoints, commands, corpus, recipes
 from specrepro.decoding import most_probable
 from specrepro.draft_training import soft_cross_entropy
 from specrepro.draft_tree import DraftTree
@@ -260,4 +260,4 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(DraftLM)
+    commands.run(recipes.main, DraftLM)

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from specrepro import corpus, ngram, recycling
+from specrepro import commands, corpus, ngram, recycling
 from specrepro.decoding import Drafter
 from specrepro.draft_tree import DraftTree
 from specrepro.measure import load_average_warning
@@ -121,4 +121,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

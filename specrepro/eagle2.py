@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, draft_training, eagle3, recipes
+from specrepro import checkpoints, commands, corpus, draft_training, eagle3, recipes
 from specrepro.draft_layer import DraftLayer, LayerConfig, sizes_of
 from specrepro.draft_tree import DraftTree, Growth, keep_nodes
 from specrepro.eagle3 import TreeConfig
@@ -318,4 +318,4 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(Eagle2)
+    commands.run(recipes.main, Eagle2)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, recipes
+from specrepro import checkpoints, commands, corpus, recipes
 from specrepro.draft_layer import (
     DraftLayer,
     LayerConfig,
@@ -640,4 +640,4 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(Eagle3)
+    commands.run(recipes.main, Eagle3)

@@ -29,6 +29,7 @@ from torch import nn
 
 from specrepro import (
     checkpoints,
+    commands,
     coupled,
     draft_lm,
     eagle2,
@@ -577,4 +578,4 @@ def replace_stage(path: Path, table: pd.DataFrame, stage: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from specrepro import corpus, draft_training, recipes
+from specrepro import commands, corpus, draft_training, recipes
 from specrepro.draft_lm import DraftLM
 from specrepro.eagle2 import Eagle2
 from specrepro.eagle3 import Eagle3
@@ -252,4 +252,4 @@ def start(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

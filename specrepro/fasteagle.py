@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrepro import checkpoints, corpus, decoding, eagle3, recipes
+from specrepro import checkpoints, commands, corpus, decoding, eagle3, recipes
 from specrepro.backbone import Backbone, BestFirst
 from specrepro.cascade import (
     Cascade,
@@ -436,4 +436,4 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(FastEagle)
+    commands.run(recipes.main, FastEagle)

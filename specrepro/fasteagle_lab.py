@@ -22,6 +22,7 @@ import pandas as pd
 from specrepro import (
     cast,
     checkpoints,
+    commands,
     compiled_drafting,
     eagle3,
     eagle3_lab,
@@ -391,4 +392,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

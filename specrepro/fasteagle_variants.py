@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from specrepro import checkpoints, corpus
+from specrepro import checkpoints, commands, corpus
 from specrepro.eagle3 import Eagle3
 from specrepro.eagle3_variants import (
     Budget,
@@ -167,4 +167,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -44,7 +44,7 @@ ROUND_PARTS = {
     "target": ("target pass", PALETTE[0]),
     "draft": ("drafting", PALETTE[1]),
     "tree": ("building the tree", PALETTE[2]),
-    "verify": ("verification", PALETTE[4]),
+    "verify": ("acceptance, cache", PALETTE[4]),
     "rest": ("the rest", "#949494"),
 }
 _FIXED_COLOURS = {"EAGLE-3": PALETTE[0], "EAGLE-2": PALETTE[1], "EAGLE": PALETTE[2]}

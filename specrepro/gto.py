@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from specrepro import corpus, eagle3, recipes
+from specrepro import commands, corpus, eagle3, recipes
 from specrepro.draft_layer import check_fits
 from specrepro.draft_training import LoopConfig
 from specrepro.draft_tree import DraftTree
@@ -452,4 +452,4 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(Gto)
+    commands.run(recipes.main, Gto)

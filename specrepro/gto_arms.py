@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specrepro import checkpoints, corpus, draft_training, eagle3, recipes
+from specrepro import checkpoints, commands, corpus, draft_training, eagle3, recipes
 from specrepro.eagle3_variants import claimed, start, training_parser
 from specrepro.gto import GroupTreeLoss, Gto
 from specrepro.recipes import Recipe
@@ -336,4 +336,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from specrepro import (
     checkpoints,
+    commands,
     corpus,
     eagle3,
     eagle3_lab,
@@ -375,4 +376,4 @@ def identity(drafter: eagle3.Drafter, checkpoint: Path, start: Path) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

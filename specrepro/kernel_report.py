@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specrepro import kernel_launch, kernel_traffic, tree_kernel
+from specrepro import commands, kernel_launch, kernel_traffic, tree_kernel
 from specrepro.races import vocabulary_grid
 from specrepro.verify_checks import HEAD_SIZES
 
@@ -289,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
-from specrepro import kernel_launch, target_model
+from specrepro import commands, kernel_launch, target_model
 from specrepro.decoding import Sampling, judge
 from specrepro.draft_tree import DraftTree
 from specrepro.measure import load_average_warning
@@ -365,4 +365,4 @@ def environment_columns(table: pd.DataFrame) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from specrepro import prompts, target_model
+from specrepro import commands, prompts, target_model
 from specrepro.decoding import Autoregressive, decode
 from specrepro.target_model import Target
 
@@ -106,4 +106,4 @@ def _next_batch(path: Path, seed: int, batch_size: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(main)

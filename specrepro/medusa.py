@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specrepro import checkpoints, corpus, recipes
+from specrepro import checkpoints, commands, corpus, recipes
 from specrepro.draft_tree import ROOT, DraftTree
 from specrepro.packed_linear import pack
 from specrepro.target_model import Scores, Target
@@ -312,4 +312,4 @@ DRAFTERS = drafters()
 
 
 if __name__ == "__main__":
-    recipes.main(Medusa)
+    commands.run(recipes.main, Medusa)

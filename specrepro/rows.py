@@ -428,12 +428,15 @@ def _value_row(case: _Measured, metric: str) -> dict[str, Any]:
     return {"value": case.values[metric], "value_low": low, "value_high": high} | case.counts
 
 
-def acceptance_by_depth(records: Sequence[Record], levels: int | None = None) -> pd.DataFrame:
+def acceptance_by_depth(
+    records: Sequence[Record], levels: int | None = None, fewest_rounds: int = 10
+) -> pd.DataFrame:
     """How often the token drafted at each depth is accepted once those above it were.
 
     Rows of quantity "acceptance_by_depth", `depth` from 1. A round counts at a depth if its draft
     was large enough to reach it; in a tree, a branch that ends above counts as a rejection. A
     record does not know how deep its trees were: without `levels`, the deepest acceptance ends it.
+    So does the depth, below the first, that fewer than `fewest_rounds` reached: it shows nothing.
     """
     rows = []
     for named, mine in _by_method([r for r in _first_repeats(records) if any(r.drafted)]):
@@ -442,8 +445,8 @@ def acceptance_by_depth(records: Sequence[Record], levels: int | None = None) ->
         totals, draws = units.sum(0), bootstrap(units)
         for depth in range(1, num_levels + 1):
             offered, accepted = totals[depth - 1], totals[num_levels + depth - 1]
-            if not offered:
-                continue
+            if not offered or (depth > 1 and offered < fewest_rounds):
+                break
             with np.errstate(divide="ignore", invalid="ignore"):
                 rates = draws[:, num_levels + depth - 1] / draws[:, depth - 1]
                 low, high = interval(np.minimum(rates, 1))

@@ -369,12 +369,14 @@ def test_paired_difference_is_tighter_than_two_intervals_apart() -> None:
 def test_acceptance_at_a_depth_is_given_that_those_above_were_accepted() -> None:
     rounds = [0, 3, 2], [1, 3], [3, 0, 1]
     records = [record("M", f"q{i}", accepted, 1.0) for i, accepted in enumerate(rounds)]
-    found = rows.acceptance_by_depth(records).set_index("depth")
+    found = rows.acceptance_by_depth(records, fewest_rounds=1).set_index("depth")
     assert found["num_rounds"].to_dict() == {1: 8, 2: 6, 3: 4}
     assert found["value"].to_dict() == {1: 6 / 8, 2: 4 / 6, 3: 3 / 4}
     assert (found["value_low"] <= found["value"]).all()
-    deeper = rows.acceptance_by_depth(records, levels=5)["depth"]
+    deeper = rows.acceptance_by_depth(records, levels=5, fewest_rounds=1)["depth"]
     assert deeper.max() == 3, "three drafted tokens reach no fourth depth"
+    told = rows.acceptance_by_depth(records, fewest_rounds=5)["depth"].tolist()
+    assert told == [1, 2], "four rounds are no share of anything"
 
 
 def test_parts_of_a_round_add_up_to_its_wall_time(target, tmp_path) -> None:
