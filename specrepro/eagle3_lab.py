@@ -550,6 +550,8 @@ def stage_parser(
 
 def run_and_plan(paper: str, options: argparse.Namespace, plan: Any) -> tuple[experiment.Run, Any]:
     """What the options of `stage_parser` ask for: a run at tier `full`, and its plan."""
+    if options.num_prompts < 0:
+        raise ValueError(f"--num-prompts is {options.num_prompts}; give at least 0")
     run = experiment.Run(paper, tier="full", target=options.target, figures_dir=options.figures_dir)
     return run, replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
 

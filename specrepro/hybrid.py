@@ -197,15 +197,6 @@ def text_acceptance(
     return found
 
 
-def accepted_at(accepted: Sequence[int]) -> dict[int, int]:
-    """What each round accepted, by the place in the answer that it drafted for."""
-    found, place = {}, 1
-    for num_accepted in accepted:
-        found[place] = num_accepted
-        place += num_accepted + 1
-    return found
-
-
 @torch.inference_mode()
 def head_acceptance(
     target: Target,

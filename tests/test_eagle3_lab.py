@@ -425,6 +425,11 @@ def test_the_command_measures_what_is_trained_and_names_what_is_not(
     assert set(found["num_prompts"]) == {1}
 
 
+def test_fewer_than_no_prompts_are_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="--num-prompts is -3; give at least 0"):
+        eagle3_lab.main(["sweep", "--target", "nowhere", "--num-prompts", "-3"])
+
+
 # --- cards, and the control
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from specrepro import eagle3, hybrid, ngram, target_model
 from specrepro.decoding import Autoregressive, Generation, Thinking, decode
 from specrepro.draft_tree import PADDING, DraftTree
 from specrepro.eagle3 import TreeConfig
-from specrepro.hybrid import Hybrid, above, accepted_at, row_by_row
+from specrepro.hybrid import Hybrid, above, row_by_row
 from specrepro.ngram import Draft, Sam, SamConfig, StaticTexts, SuffixDecoding
 from specrepro.sessions import NotedSources
 from specrepro.target_model import Target
@@ -252,6 +252,15 @@ def test_rows_come_from_one_tree_or_the_other() -> None:
 
 
 # --- replay
+
+
+def accepted_at(accepted: Sequence[int]) -> dict[int, int]:
+    """What each round accepted, by the place in the answer that it drafted for."""
+    found, place = {}, 1
+    for num_accepted in accepted:
+        found[place] = num_accepted
+        place += num_accepted + 1
+    return found
 
 
 @pytest.mark.parametrize(
