@@ -124,7 +124,7 @@ PLANS = {
     "full": Plan(STAGES),
     "paper": Plan(
         ("baselines", "throughput", "sweep", "training"), 80, depths=(3, 7), widths=(10,),
-        sizes=(16, 32, 60),
+        sizes=(16, 32, 60), batches=(1, 2, 4, 8, 16, 24),  # MT-bench has 80 prompts, three times 24
     ),
 }  # fmt: skip
 
@@ -265,24 +265,26 @@ class Lab:
             base = "eagle3" if method == OURS else "eagle2"
             scales = {base if scale == 1 else f"{base}_x{scale:g}": scale for scale in SCALES}
             for name, folder in self._folders(scales).items():
-                columns = {"data_scale": scales[name] / min(SCALES)} | self._budget_of(name)
+                columns = {"data_scale": scales[name] / min(SCALES), "budget": SHARED}
+                columns |= self._budget_of(name)
                 entries.append(Entry(method, _tree(folder, name), columns, folder))
         for name, folder in self._folders([OVER_TRAINING.name]).items():
-            columns = {"data_scale": 1.0} | self._budget_of(name)
+            columns = {"data_scale": 1.0, "budget": LONG} | self._budget_of(name)
             entries.append(Entry(f"{OURS} ({LONG})", _tree(folder, name), columns, folder))
         if not entries:
             return pd.DataFrame()
-        return self._measure("data_scaling", entries, ("chat",), (0.0,))[1].assign(budget=SHARED)
+        return self._measure("data_scaling", entries, ("chat",), (0.0,))[1]
 
     def sensitivity(self) -> pd.DataFrame:
         """Rows of quantity "sensitivity": tau by draft vocabulary and training-time-test steps."""
-        entries = self._alike(dict.fromkeys(["eagle3", *VARIED], OURS))
-        if len(entries) < 2:
-            return pd.DataFrame()
-        _, found = self._measure("sensitivity", entries, ("chat",), (0.0,))
         own = recipes.Recipe.of(eagle3.Eagle3, self.run.target).method
         at_default = {"training-time-test steps": own.training.steps}
         at_default["draft vocabulary"] = own.draft_vocab_size
+        others = [name for name, level in VARIED.items() if level not in at_default.items()]
+        entries = self._alike(dict.fromkeys(["eagle3", *others], OURS))
+        if len(entries) < 2:
+            return pd.DataFrame()
+        _, found = self._measure("sensitivity", entries, ("chat",), (0.0,))
         parts = []
         for row in found[found["method"] == OURS].to_dict("records"):
             varied = [VARIED[row["variant"]]] if row["variant"] in VARIED else at_default.items()

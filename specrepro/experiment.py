@@ -120,6 +120,7 @@ class Run:
         self.work = Path("runs") / ("sample" if self.tier.num_answers else "whole") / paper
         if tier == "paper":  # where targets are many
             self.work = Path("runs") / Path(target).name / paper
+        self.passed_over: set[str] = set()  # ids of prompts that leave no room for an answer
         self._began = time.perf_counter()
         self._tables: list[pd.DataFrame] = []
         require_writable(self.folder)
@@ -155,10 +156,7 @@ class Run:
 
     @cached_property
     def target(self) -> targets.Target:
-        target = targets.load(self.target_name, dtype=self.dtype)
-        if self.published:
-            self.published.prepare(target.tokenizer)
-        return target
+        return targets.load(self.target_name, dtype=self.dtype)
 
     @cached_property
     def _exact_target(self) -> targets.Target:
@@ -169,17 +167,27 @@ class Run:
         return rows.environment(self.target)
 
     def questions(self, name: str, num_prompts: int = 0) -> list[tuple[str, list[int]]]:
-        """The first prompts of a set as (id, token ids): the papers' own sets at tier `paper`."""
+        """The first prompts of a set as (id, token ids): the papers' own sets at tier `paper`.
+
+        There prompts that leave no room for the answer are passed over, as the manifest says.
+        """
         asked = name, num_prompts or self.num_prompts, self.seed
         if self.tier_name == "paper":
             folder = Path(self.prompts_dir) / name if self.prompts_dir else None
-            chosen = prompts.load_from_hub(*asked, source=folder)
+            chosen = prompts.load_from_hub(*asked, source=folder, fits=self._fits)
         else:
             chosen = prompts.load(*asked)
-        if self.published:
-            chosen = [self.published.put(one) for one in chosen]
-        room = self.target.max_context - self.max_new_tokens
-        return [(one.id, prompts.encode(self.target.tokenizer, one, room)) for one in chosen]
+        return [(one.id, prompts.encode(self.target.tokenizer, one, self._room)) for one in chosen]
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.target.max_context - self.max_new_tokens
+
+    def _fits(self, prompt: prompts.Prompt) -> bool:
+        is_short = len(prompts.encode(self.target.tokenizer, prompt)) <= self._room
+        self.passed_over |= set() if is_short else {prompt.id}
+        return is_short
 
     def head(self, named: str, from_scratch: bool = False) -> str:
         """Folder of the head to draft with; empty leaves the choice to the recipes.
@@ -364,6 +372,8 @@ class Run:
             "seconds": round(time.perf_counter() - self._began, 1),
             "figures": sorted(path.name for path in self.folder.glob("fig_*.png")),
         }
+        if self.passed_over:
+            manifest["prompts_passed_over"] = sorted(self.passed_over)
         checkpoints.write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         return verdicts
 

@@ -33,7 +33,7 @@ from transformers import GenerationConfig
 from specrepro.decoding import Autoregressive, Clock, Drafter, Generation, Sampling, decode
 from specrepro.draft_tree import DraftTree
 from specrepro.packed_linear import unpacked
-from specrepro.target_model import ATTENTION, Target
+from specrepro.target_model import ATTENTION, Target, target_name
 
 AUTOREGRESSIVE = "Autoregressive"
 GENERATE = "transformers.generate"
@@ -533,12 +533,6 @@ def drafter_cost(
     row = {"quantity": "drafter_cost", "method": method, "batch": 1, "temperature": temperature}
     row |= {"num_tokens": float(np.mean(timed.num_nodes)), "prefix": len(prompt_ids)}
     return pd.DataFrame([row | _quantiles(timed.milliseconds)])
-
-
-def target_name(target: Target) -> str:
-    """A Hub id as it is, a folder by its last part: paths of one machine mean nothing elsewhere."""
-    is_folder = Path(target.name).is_absolute() or Path(target.name).is_dir()
-    return Path(target.name).name if is_folder else target.name
 
 
 def dtype_name(target: Target) -> str:

@@ -11,7 +11,7 @@ Not covered: a target on more than one device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -52,15 +52,12 @@ class PaperTarget:
         """Sizes of the draft tree: those given, and the paper's where 0."""
         return {name: size or getattr(self, name) for name, size in sizes.items()}
 
-    def put(self, prompt: prompts.Prompt) -> prompts.Prompt:
-        """The prompt as the released evaluation puts it."""
-        if self.system is None:
-            return prompt
-        system = {"role": "system", "content": self.system}
-        return replace(prompt, messages=(system, *prompt.messages))
-
     def prepare(self, tokenizer: object) -> None:
-        """Give the tokenizer the template that it lacks."""
+        """Have `prompts.encode` put every prompt as the released evaluation does.
+
+        With its system message, and its template where the tokenizer has none.
+        """
+        tokenizer.system_message = self.system
         if self.template and not getattr(tokenizer, "chat_template", None):
             tokenizer.chat_template = self.template
 
@@ -76,6 +73,17 @@ def find(target: str) -> PaperTarget | None:
     """The settings of a target, by its Hub id or the name of its folder; None for any other."""
     name = Path(target).name.lower()
     return next((one for one in published() if Path(one.target).name.lower() == name), None)
+
+
+def prepare(target: str, tokenizer: object | None) -> None:
+    """Prepare the tokenizer of one of these targets; any other stays as it is.
+
+    A head drafts badly under another format than it was trained with, so training and evaluation,
+    of every paper, take the same.
+    """
+    one = find(target)
+    if one is not None and tokenizer is not None:
+        one.prepare(tokenizer)
 
 
 def obtain_head(head: str) -> Path:

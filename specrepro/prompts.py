@@ -18,7 +18,7 @@ import hashlib
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -148,18 +148,23 @@ def load(name: str, num_prompts: int, seed: int = 0) -> list[Prompt]:
 
 
 def load_from_hub(
-    name: str, num_prompts: int, seed: int = 0, source: str | Path | None = None
+    name: str,
+    num_prompts: int,
+    seed: int = 0,
+    source: str | Path | None = None,
+    fits: Callable[[Prompt], bool] | None = None,
 ) -> list[Prompt]:
     """The papers' own set from the Hub, or from `source`: another Hub id or a local folder.
 
     A folder holds either what `datasets` wrote with `save_to_disk` or .jsonl files, with the
-    columns of `HUB_SETS`. Raises ValueError as `load` does, and AssetError without the Hub.
+    columns of `HUB_SETS`. Prompts that do not pass `fits` are left out. Raises ValueError as `load`
+    does, and AssetError without the Hub.
     """
     _check_known(name, HUB_SETS)
     rows = _read_rows(HUB_SETS[name], source)
-    chosen = sorted(range(len(rows)), key=lambda row: _hash(f"{seed}/{row}"))
-    chosen = _first(name, chosen, num_prompts)
-    return [_prompt_of_row(name, row, rows[row]) for row in chosen]
+    order = sorted(range(len(rows)), key=lambda row: _hash(f"{seed}/{row}"))
+    found = (_prompt_of_row(name, row, rows[row]) for row in order)
+    return _first(name, list(islice(filter(fits, found), num_prompts)), num_prompts)
 
 
 def training_prompts(sources: Sequence[str] = SOURCES) -> Iterator[Prompt]:
@@ -211,10 +216,13 @@ def encode(
 ) -> list[int]:
     """The prompt's token ids, up to where the assistant's answer begins.
 
-    No system message is passed, in training or evaluation: each template puts in its own default.
-    Without a template the turns are plain text. Raises ValueError for more than `max_tokens`.
+    The papers' own targets have a system message (`paper_tier.prepare`), in training as in
+    evaluation; for others each template puts in its own default. Without a template the turns are
+    plain text. Raises ValueError for more than `max_tokens`.
     """
-    messages = list(prompt.messages)
+    system = getattr(tokenizer, "system_message", None)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += prompt.messages
     if getattr(tokenizer, "chat_template", None):
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True

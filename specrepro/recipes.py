@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from specrepro import checkpoints, corpus, draft_training, prompts
 from specrepro.decoding import Drafter, decode
 from specrepro.packed_linear import unpack
-from specrepro.target_model import EMBEDDED, Target, choose_dtype
+from specrepro.target_model import EMBEDDED, Target, choose_dtype, target_name
 from specrepro.target_model import load as load_target
 from specrepro.training_cards import card_of
 
@@ -197,7 +197,7 @@ def _card(
     num_questions: int,
 ) -> dict[str, Any]:
     return {
-        "target": target.name,
+        "target": target_name(target),
         "corpus": features.hash,
         "answer_tokens": features.num_answer_tokens,
         "recipe": asdict(recipe),
@@ -291,11 +291,15 @@ def variant(
 ) -> Path:
     """A checkpoint of the method with some `settings` changed, for comparison with others alike.
 
-    It begins anew and trains `epochs` over a fair `share` of the corpus (of its `num_answers`).
+    It begins anew and trains `epochs` over a fair `share` of the corpus (of its `num_answers`); its
+    last state is kept, whatever was seen at `evaluations` looks.
     Goes on where it was interrupted; `work` is a folder of its own.
     """
     recipe = changed(Recipe.of(method, target), settings or {})
-    recipe = replace(recipe, epochs=epochs, batch_tokens=batch_tokens or recipe.batch_tokens)
+    loop = replace(recipe.loop, keeps_last=True)  # the best of some looks is no equal start
+    recipe = replace(
+        recipe, loop=loop, epochs=epochs, batch_tokens=batch_tokens or recipe.batch_tokens
+    )
     total = len(corpus.features_in(features, target, num_answers))
     return make_checkpoint(
         recipe, target, features, work / "training", work / "checkpoint",

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from specrepro import assets
+from specrepro import assets, paper_tier
 from specrepro.draft_tree import DraftTree
 from specrepro.packed_linear import pack
 from specrepro.tree_verify import (
@@ -442,7 +442,15 @@ def load(
         ) from None
     _require_attention_layers(model, name)
     _require_every_weight(report["missing_keys"], name)
-    return Target(model.to(device), _load_tokenizer(folder), name, compile)
+    tokenizer = _load_tokenizer(folder)
+    paper_tier.prepare(name, tokenizer)
+    return Target(model.to(device), tokenizer, name, compile)
+
+
+def target_name(target: Target) -> str:
+    """A Hub id as it is, a folder by its last part: paths of one machine mean nothing elsewhere."""
+    is_folder = Path(target.name).is_absolute() or Path(target.name).is_dir()
+    return Path(target.name).name if is_folder else target.name
 
 
 def _require_causal_config(folder: str, name: str) -> None:

@@ -294,6 +294,24 @@ def test_the_data_axis_is_relative_to_the_smallest_share(rows):
         assert mine["trained_tokens"].is_monotonic_increasing
 
 
+def test_a_head_trained_for_long_is_in_its_last_state_and_of_a_budget_of_its_own(rows, workshop):
+    card = workshop.card(VARIANTS["eagle3_long"])
+    looks = card["held_out_tau_by_step"]
+    assert len(looks) > 1 and card["held_out_tau"] == pytest.approx([*looks.values()][-1], abs=1e-3)
+    found = rows[rows["quantity"] == "data_scaling"].set_index("method")["budget"]
+    assert set(found.filter(like="EAGLE-3 (").to_numpy()) == {eagle3_lab.LONG}
+    assert set(found[["EAGLE-3", "EAGLE-2"]]) == {eagle3_lab.SHARED}
+
+
+def test_a_level_that_is_the_recipes_own_is_measured_once(workshop, tmp_path, small_world):
+    with small_world.context() as patch:
+        same = replace(METHODS[Eagle3], training=TrainingConfig(steps=5))
+        recipe = lambda method, target: replace(little(method, target), method=same)  # noqa: E731
+        patch.setattr(recipes.Recipe, "of", recipe)
+        found = lab_of(workshop, tmp_path).sensitivity()
+    assert not found.duplicated(["setting", "level"]).any()
+
+
 def test_a_head_that_was_trained_anew_is_measured_anew(workshop, tmp_path):
     folder = workshop.folder(VARIANTS["eagle3"])
     entry = eagle3_lab.Entry("EAGLE-3", eagle3.DRAFTERS["EAGLE-3"], {}, folder)

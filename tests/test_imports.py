@@ -39,7 +39,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "verify_reference": {"draft_tree"},
     "tree_verify": {"kernel_launch", "draft_tree", "races", "verify_checks"},
     "kernel_report": {"tree_kernel", "kernel_launch", "kernel_traffic", "verify_checks", "races"},
-    "target_model": {"assets", "tree_verify", "verify_checks", "draft_tree", "packed_linear"},
+    "target_model": {
+        "assets", "tree_verify", "verify_checks", "draft_tree", "packed_linear", "paper_tier",
+    },
     "prompts": {"assets"},
     "decoding": {"tree_verify", "target_model", "draft_tree", "races"},
     "magpie": {"decoding", "target_model", "prompts"},

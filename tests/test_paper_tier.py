@@ -22,7 +22,17 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specrepro import __main__ as command_line
-from specrepro import assets, checkpoints, claims, eagle3, experiment, paper_tier, prompts
+from specrepro import (
+    assets,
+    checkpoints,
+    claims,
+    eagle3,
+    eagle3_lab,
+    experiment,
+    paper_tier,
+    prompts,
+    target_model,
+)
 from specrepro.eagle3 import DraftHead, HeadConfig
 from specrepro.paper_tier import PaperTarget
 
@@ -306,6 +316,37 @@ def test_half_precision_and_the_float32_audit_are_the_settings(one, tmp_path):
     assert any(one.dtype in name for name in stages)
 
 
+def test_prompts_that_leave_no_room_for_the_answer_are_passed_over_and_named(tmp_path):
+    articles = ["It rained.", *(["word " * 900] * 5), "It snowed."]
+    (tmp_path / "summarisation").mkdir()
+    rows = "\n".join(json.dumps({"article": article}) for article in articles)
+    (tmp_path / "summarisation" / "rows.jsonl").write_text(rows)
+    run = experiment.Run(
+        "eagle3", tier="paper", target="lmsys/vicuna-13b-v1.3", prompts_dir=str(tmp_path),
+        num_prompts=2, max_new_tokens=512, figures_dir=tmp_path / "figures",
+    )  # fmt: skip
+    run.target = SimpleNamespace(tokenizer=conftest._character_tokenizer(), max_context=2048)
+    ids = {f"hub/summarisation/{row}" for row in range(7)}
+    assert {one for one, _ in run.questions("summarisation")} == {min(ids), max(ids)}
+    assert run.passed_over and run.passed_over <= ids - {min(ids), max(ids)}
+    with pytest.raises(ValueError, match="has 2 prompts, 3 were asked for"):
+        run.questions("summarisation", 3)
+
+
+def test_no_stage_asks_for_more_prompts_than_mt_bench_has():
+    plan = eagle3_lab.PLANS["paper"]
+    fewest = [batch * eagle3_lab.FEWEST_BATCHES for batch in plan.batches if batch > 1]
+    assert max(*fewest, plan.num_prompts) <= 80
+
+
+def test_training_puts_a_prompt_as_evaluation_does(one, tmp_path):
+    folder = tiny_target(Path(one.target).name, tmp_path)
+    loaded = target_model.load(str(folder))  # as the corpus and training do
+    asked = prompts.encode(loaded.tokenizer, prompts.written_by_target("id", "Hi"))
+    said = loaded.tokenizer.decode(asked)
+    assert (one.system or "Hi") in said and "Hi" in said
+
+
 def test_a_head_is_fetched_and_converted_once(stand_ins, monkeypatch):
     one = PUBLISHED["Llama-3.1-8B-Instruct"]
     stand_ins(one)
@@ -343,5 +384,5 @@ def test_vicuna_is_asked_in_its_own_template_and_no_other_template_is_touched():
     tokenizer.chat_template = None
     vicuna.prepare(tokenizer)
     asked = prompts.Prompt("q", "chat", prompts._conversation(["Hi", "Hello.", "Why?"]))
-    text = tokenizer.decode(prompts.encode(tokenizer, vicuna.put(asked)))
+    text = tokenizer.decode(prompts.encode(tokenizer, asked))
     assert text == f"<s>{vicuna.system} USER: Hi ASSISTANT: Hello.</s>USER: Why? ASSISTANT:"
