@@ -158,8 +158,8 @@ class Lab:
     load: Load  # the head with the tree that Table 1 is measured with
     plan: Plan | None = None
     workshop: Workshop | None = None
-    committed: Path = recipes.COMMITTED  # the baselines' checkpoints
-    trains: bool = True  # variants that a stage of this tier lacks
+    committed: Path | None = None  # the baselines' checkpoints; None is where `_baseline` says
+    trains: bool = True  # what a stage of tier `full` lacks
 
     stages: ClassVar[tuple[str, ...]] = STAGES
     alike: ClassVar[tuple[str, ...]] = ALIKE  # stages that the head itself has no part in
@@ -207,23 +207,30 @@ class Lab:
 
     def remedy(self, stage: str) -> str:
         """How rows of a stage are made."""
-        measured = f"python -m specrepro.eagle3_lab {stage}"
+        measured = f"python -m specrepro.eagle3_lab {stage}{self._command_options}"
         if stage in ("throughput", "sweep", "baselines", "headroom", *AUDITS):
             return f"no rows; {measured} makes them"
         if stage == "training":
             return f"no card of {self.checkpoint} says how its tau grew; train it anew"
+        answers = self._of_target or " --committed --share 0.25"
         return (
-            "no rows; python -m specrepro.corpus runs/corpus --committed --share 0.25, then python"
-            " -m specrepro.eagle3_variants runs/corpus --share 1 trains the heads that are compared"
-            f" (hours, it can be stopped), and {measured} measures them"
+            f"no rows; python -m specrepro.corpus runs/corpus{answers}, then python"
+            f" -m specrepro.eagle3_variants runs/corpus --share 1{self._of_target} trains the heads"
+            f" that are compared (hours, it can be stopped), and {measured} measures them"
         )
+
+    @property
+    def _command_options(self) -> str:
+        is_paper = self.run.tier_name == "paper"
+        of_tier = f" --tier paper --checkpoint {self.checkpoint}" if is_paper else ""
+        return self._of_target + of_tier
 
     def baselines(self) -> pd.DataFrame:
         """Rows of quantity "baselines": Table 1's methods, untrained and of committed checkpoints.
 
         EAGLE-3's own head is among them, timed in turns with them; trees are of its tree's size.
         """
-        others = [Entry(name, UNTRAINED[name]) for name in self.plan.untrained] + self._committed()
+        others = [Entry(name, UNTRAINED[name]) for name in self.plan.untrained] + self._trained()
         ours = Entry(OURS, self.load, budget_of(card_of(self.checkpoint)))
         records, found = self._measure(
             "baselines", [ours, *others], self.plan.sets, self.plan.temperatures
@@ -369,29 +376,62 @@ class Lab:
 
     # --- drafters
 
-    def _committed(self) -> list[Entry]:
-        """Those of checkpoints/<name> that were made for this target, with trees of our size."""
+    def _trained(self) -> list[Entry]:
+        """The baselines that have a checkpoint for this target, with trees of our size."""
+        if self._remakes:
+            for name in TRAINED:
+                self._remake(name)
         tree, entries = asdict(self.load(self.run.target).tree), []
         sizes = {"eagle2": tree, "medusa": {"total_tokens": tree["total_tokens"]}}
-        for name in filter(self._is_committed, TRAINED):
-            folder = self.committed / name
+        for name in filter(self._is_there, TRAINED):
+            folder = self._baseline(name)
             loaders = TRAINED[name](folder, **sizes.get(name, {}))
             columns = budget_of(card_of(folder))
             entries += [Entry(m, load, columns, folder) for m, load in loaders.items()]
         return entries
 
-    def _is_committed(self, name: str) -> bool:
+    @property
+    def _remakes(self) -> bool:
+        """Tier `full` trains the baselines too, as the recipes of what is committed say."""
+        return self.run.tier_name == "full" and self.trains and self.committed is None
+
+    def _remake(self, name: str) -> None:
+        work = self._baseline(name).parent
+        method = VARIANTS[name].method
+        recipes.obtain_checkpoint(method, self.run.target, from_scratch=True, work=work)
+
+    def _baseline(self, name: str) -> Path:
+        """Folder of a baseline's checkpoint: committed, or below runs where it is made here.
+
+        As it is at tier `full`, and for every target but the embedded one.
+        """
+        if self.committed is None and (self._remakes or self.run.target_name != EMBEDDED):
+            return self.run.work.parent / name / "checkpoint"
+        return (self.committed or recipes.COMMITTED) / name
+
+    def _is_there(self, name: str) -> bool:
         own = measure.target_name(self.run.target)
-        return card_of(self.committed / name).get("target") == own
+        return card_of(self._baseline(name)).get("target") == own
 
     def left_out(self) -> list[str]:
         """A line for every baseline without a checkpoint, with the remedy."""
-        return [
+        absent = [] if self._remakes else [name for name in TRAINED if not self._is_there(name)]
+        return [self._line_without(name) for name in absent]
+
+    def _line_without(self, name: str) -> str:
+        folder = self._baseline(name)
+        if folder.is_relative_to(experiment.ROOT):
+            folder = folder.relative_to(experiment.ROOT)
+        return (
             f"{', '.join(TRAINED[name](Path()))} left out: no checkpoint for this target in"
-            f" checkpoints/{name}; python -m specrepro.{name} CORPUS checkpoints/{name} trains one"
-            for name in TRAINED
-            if not self._is_committed(name)
-        ]
+            f" {folder}; python -m specrepro.{name} CORPUS {folder}{self._of_target} trains one"
+        )
+
+    @property
+    def _of_target(self) -> str:
+        """The option that a command needs for a target of one's own."""
+        name = self.run.target_name
+        return "" if name == EMBEDDED else f" --target {name}"
 
     def _folders(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Path]:
         """Checkpoints of variants by name; those that are not there are trained, or left out."""
@@ -524,8 +564,9 @@ def unlearnt(module: nn.Module) -> nn.Module:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.eagle3_lab STAGE ...`: measure stages as tier `full` does."""
     parser = stage_parser("eagle3", __doc__, STAGES, eagle3.CHECKPOINT, WORK)
+    parser.add_argument("--tier", choices=("full", "paper"), default="full")
     options = parser.parse_args(arguments)
-    run, plan = run_and_plan("eagle3", options, PLANS["full"])
+    run, plan = run_and_plan("eagle3", options, replace(PLANS[options.tier], measures=STAGES))
     workshop = Workshop(run.target, options.work)
     load = eagle3.drafters(options.checkpoint)[OURS]
     lab = Lab(run, options.checkpoint, load, plan, workshop, trains=False)
@@ -551,10 +592,11 @@ def stage_parser(
 
 
 def run_and_plan(paper: str, options: argparse.Namespace, plan: Any) -> tuple[experiment.Run, Any]:
-    """What the options of `stage_parser` ask for: a run at tier `full`, and its plan."""
+    """What the options ask for: a run, at tier `full` where they name none, and its plan."""
     if options.num_prompts < 0:
         raise ValueError(f"--num-prompts is {options.num_prompts}; give at least 0")
-    run = experiment.Run(paper, tier="full", target=options.target, figures_dir=options.figures_dir)
+    tier = getattr(options, "tier", "full")
+    run = experiment.Run(paper, tier=tier, target=options.target, figures_dir=options.figures_dir)
     return run, replace(plan, num_prompts=options.num_prompts or plan.num_prompts)
 
 
@@ -572,11 +614,12 @@ def identity(drafter: eagle3.Drafter, checkpoint: Path) -> dict[str, Any]:
 
 
 def replace_stage(path: Path, table: pd.DataFrame, stage: str) -> None:
-    """Put the rows of one stage of tier `full` in place of those that a results file has."""
+    """Put the rows of one stage in place of those that a results file has of the same tier."""
     new = table[table["stage"] == stage]
     if path.is_file():
         old = pd.read_csv(path)
-        is_kept = (old.get("stage", pd.Series(index=old.index)) != stage) | (old["tier"] != "full")
+        is_kept = old.get("stage", pd.Series(index=old.index)) != stage
+        is_kept |= ~old["tier"].isin(new["tier"])
         new = pd.concat([old[is_kept], new], ignore_index=True)
     checkpoints.write_text(path, new.to_csv(index=False))
 

@@ -263,7 +263,7 @@ class Run:
         return pd.read_csv(path)
 
     def recall(self, stage: str, checkpoint: str) -> bool:
-        """Add the rows of a stage that the `full` tier left in the repository, marked as such.
+        """Add the rows of a stage that tier `full` (or `paper`) left in the repository, marked so.
 
         They are told by the column `stage`; False where there are none of this target and, as far
         as they say, of the `checkpoint` with this digest.
@@ -272,7 +272,8 @@ class Run:
         found = pd.read_csv(path) if path.is_file() else pd.DataFrame()
         if "stage" not in found:
             return False
-        found = found[(found["stage"] == stage) & (found["tier"] == "full")]
+        tier = "paper" if self.tier_name == "paper" else "full"
+        found = found[(found["stage"] == stage) & (found["tier"] == tier)]
         found = found[found["target"] == measure.target_name(self.target)]
         if "checkpoint" in found:
             found = found[found["checkpoint"].isna() | (found["checkpoint"] == checkpoint)]

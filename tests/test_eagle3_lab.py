@@ -35,6 +35,7 @@ from specrepro.eagle3_lab import Lab, Plan
 from specrepro.eagle3_variants import ABLATION, VARIANTS, Budget, Workshop
 from specrepro.measure import AUTOREGRESSIVE
 from specrepro.medusa import Medusa
+from specrepro.target_model import EMBEDDED
 
 METHODS = {
     Eagle3: replace(RECIPE.method, training=TrainingConfig(steps=3)),
@@ -101,11 +102,6 @@ def lab(workshop, small_world, tmp_path_factory) -> Iterator[Lab]:
     (found.committed / "eagle2").mkdir(parents=True)
     for path in made.iterdir():
         (found.committed / "eagle2" / path.name).write_bytes(path.read_bytes())
-    card = training_cards.card_of(made)
-    name = Path(card["target"]).name  # as the rows call a folder
-    checkpoints.write_text(
-        found.committed / "eagle2" / "card.json", json.dumps(card | {"target": name})
-    )
     assert all(found.take(stage) for stage in DRAWN)
     yield found
     rows_module._resamples.cache_clear()
@@ -273,7 +269,36 @@ def test_a_committed_baseline_of_this_target_is_measured_and_the_others_named(la
     assert not {"Medusa", "SpS"} & set(table_1["method"])
     medusa, sps = lab.left_out()
     assert medusa.startswith("Medusa left out") and "python -m specrepro.medusa" in medusa
-    assert sps.startswith("SpS left out") and "checkpoints/draft_lm" in sps
+    assert sps.startswith("SpS left out") and "committed/draft_lm" in sps
+
+
+def test_tier_full_makes_the_baselines_too(workshop, answers, tmp_path, monkeypatch):
+    lab = lab_of(workshop, tmp_path)
+    lab.committed, lab.run.work = None, tmp_path / "whole" / "eagle3"
+    monkeypatch.setattr(recipes, "features_of", lambda *_: answers)
+    assert lab.left_out() == []
+    assert {one.method for one in lab._trained()} == {"EAGLE", "EAGLE-2", "Medusa", "SpS"}
+    assert (tmp_path / "whole" / "medusa" / "checkpoint" / "model.safetensors").is_file()
+    lab.trains = False
+    assert lab.left_out() == [], "what was made for this target is found"
+
+
+def test_what_is_not_committed_is_named_without_a_path_of_this_machine(workshop, tmp_path):
+    lab = lab_of(workshop, tmp_path, tier="laptop", plan=None)
+    lab.committed, lab.run.target_name = None, EMBEDDED
+    medusa = next(line for line in lab.left_out() if line.startswith("Medusa"))
+    assert medusa.endswith(" in checkpoints/medusa; python -m specrepro.medusa CORPUS"
+                           " checkpoints/medusa trains one")  # fmt: skip
+
+
+def test_baselines_of_another_target_are_looked_for_apart_from_the_committed_ones(
+    workshop, tmp_path
+):
+    lab = lab_of(workshop, tmp_path, tier="laptop", plan=None)
+    lab.committed, name = None, lab.run.target_name
+    assert not lab._trained()
+    for line in (*lab.left_out(), lab.remedy("ablation")):
+        assert "checkpoints/" not in line and f"--target {name}" in line
 
 
 def test_each_level_of_what_is_varied_has_one_row(rows):
@@ -327,7 +352,7 @@ def test_a_head_that_was_trained_anew_is_measured_anew(workshop, tmp_path):
 
 def test_baselines_draft_trees_of_the_heads_own_size(lab):
     own = lab.load(lab.run.target).tree
-    drafters = {one.method: one.load(lab.run.target) for one in lab._committed()}
+    drafters = {one.method: one.load(lab.run.target) for one in lab._trained()}
     assert drafters["EAGLE-2"].tree == own
     assert drafters["EAGLE"].tree.total_tokens <= own.total_tokens
 
