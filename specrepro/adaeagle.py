@@ -427,7 +427,7 @@ def load_predictor(folder: Path | str) -> tuple[Predictor, dict[str, Any]]:
         )
     sizes = ("hidden_size", "width", "num_outputs")
     predictor = Predictor(PredictorConfig(**{name: config[name] for name in sizes}))
-    checkpoints.load_strictly(predictor, tensors)
+    checkpoints.load_strictly(predictor, tensors, folder)
     return predictor, config
 
 

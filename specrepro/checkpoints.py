@@ -19,13 +19,16 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+Tree = TypeVar("Tree")  # a dataclass of sizes
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PLAIN = {  # what would change a released head's computation, at the one value that is known here
@@ -95,8 +98,17 @@ def load(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, object]]:
         raise ValueError(_missing(folder))
     config_path = folder / CONFIG
     if not config_path.is_file():
-        raise ValueError(f"checkpoint {folder} has no {CONFIG}")
-    return load_tensors(weights), json.loads(config_path.read_text())
+        raise ValueError(f"checkpoint {folder} has no {CONFIG}; fetch or train it again")
+    return load_tensors(weights), _read_config(config_path)
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not readable JSON ({error}); fetch or train it again"
+        ) from None
 
 
 def digest(folder: Path | str) -> str:
@@ -135,9 +147,15 @@ def _missing(folder: Path) -> str:
 
 
 def load_strictly(
-    module: nn.Module, tensors: Mapping[str, Tensor], optional: Iterable[str] = ()
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    folder: Path | str,
+    optional: Iterable[str] = (),
 ) -> None:
-    """Load every tensor into `module` and none besides; a ValueError lists what does not fit."""
+    """Load every tensor into `module` and none besides; a ValueError lists what does not fit.
+
+    `folder` is the checkpoint's, for that error.
+    """
     own = module.state_dict()
     missing = own.keys() - tensors.keys() - set(optional)
     unknown = tensors.keys() - own.keys() - set(optional)
@@ -150,10 +168,22 @@ def load_strictly(
     faults = [f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names]
     if faults:
         raise ValueError(
-            f"the checkpoint does not fit {type(module).__name__}: {'; '.join(faults)}"
+            f"checkpoint {folder} does not fit {type(module).__name__}: {'; '.join(faults)};"
+            " name another folder, or the target that it was made for"
         )
     known = {name: tensors[name] for name in own.keys() & tensors.keys()}
     module.load_state_dict(known, strict=False)
+
+
+def tree_of(config: Mapping[str, object], default: Tree, folder: Path | str) -> Tree:
+    """The default, with the sizes that a checkpoint's config.json names for its drafts."""
+    own, known = config.get("specrepro_tree") or {}, [field.name for field in fields(default)]
+    if unknown := sorted(own.keys() - set(known)):
+        raise ValueError(
+            f"specrepro_tree in {CONFIG} of checkpoint {folder} names {', '.join(unknown)};"
+            f" known sizes are {', '.join(known)}"
+        )
+    return replace(default, **own)
 
 
 # --- released heads

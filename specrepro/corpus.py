@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from specrepro import checkpoints, commands, prompts, target_model
+from specrepro import checkpoints, commands, draft_training, prompts, target_model
 from specrepro.decoding import Autoregressive, decode, most_probable
 from specrepro.target_model import Scores, Target, pad
 from specrepro.tree_verify import Verdict
@@ -464,28 +464,32 @@ def features_in(folder: Path, target: Target, max_sequences: int | None = None) 
     """
     if has_answers(folder):
         return LiveFeatures(target, load(folder).first(max_sequences).answers)
-    if any(Part(path, 0).has_features for path in folder.glob("part-*")):
+    if has_features(folder):
         return FeatureCache(folder, target.hidden_size, max_sequences)
     if not (answers := _all_answers(folder)):
         raise ValueError(_no_answers(folder))
     return LiveFeatures(target, Corpus(answers).first(max_sequences).answers)
 
 
+def has_features(folder: Path) -> bool:
+    """Whether the target's features were kept beside the answers."""
+    return any(Part(path, 0).has_features for path in folder.glob("part-*"))
+
+
 class FeatureCache(Sequences):
     """Sequences with the target's features, from the parts that generation or `recompute` wrote."""
 
     def __init__(self, folder: Path, hidden_size: int, max_sequences: int | None = None):
-        parts = [Part(path, hidden_size) for path in sorted(folder.glob("part-*"))]
-        parts = [part for part in parts if part.answers()]
-        if not parts:
-            raise ValueError(_no_answers(folder))
         self._places: list[tuple[Part, int, Answer]] = []
-        for part in parts:
+        for path in sorted(folder.glob("part-*")):
+            part = Part(path, hidden_size)
             answers = part.answers()
             starts = np.cumsum([0] + [answer.num_tokens for answer in answers])
             self._places += [
                 (part, int(start), answer) for start, answer in zip(starts, answers, strict=False)
             ]
+        if not self._places:
+            raise ValueError(_no_answers(folder))
         self._places.sort(key=lambda place: _order(place[2]))
         self._places = self._places[:max_sequences]
         self.answers = [answer for _, _, answer in self._places]
@@ -628,8 +632,8 @@ def _parser() -> argparse.ArgumentParser:
         "folder", type=Path, help="where part-<rank> goes; a second call goes on there"
     )
     parser.add_argument("--target", default="smollm2", help="smollm2, a Hub id or a folder")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--num-ranks", type=int, default=1)
+    parser.add_argument("--rank", type=int, help="of this process; torchrun's, or 0, if left out")
+    parser.add_argument("--num-ranks", type=int, help="of processes; torchrun's, or 1")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-tokens", type=int, default=256, help="skip longer prompts")
@@ -657,16 +661,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 < options.share <= 1:
         parser.error(f"--share is {options.share}; give a part of the committed answers, above 0")
+    joined = draft_training.join_processes()
+    given = options.rank, options.num_ranks
+    rank, num_ranks = (
+        own if own is not None else of for own, of in zip(given, joined, strict=True)
+    )
+    if not 0 <= rank < num_ranks:
+        parser.error(f"--rank is {rank} of {num_ranks} processes; they count from 0")
     if options.committed:
         answers = load(COMMITTED)
         if options.without is not None:
             answers = answers.without(load(options.without))
         chosen = answers.first(round(options.share * len(answers.answers))).answers
         options.folder.mkdir(parents=True, exist_ok=True)
-        own = chosen[options.rank :: options.num_ranks]
-        recompute(target_model.load(options.target), own, options.folder, rank=options.rank)
+        own = chosen[rank::num_ranks]
+        recompute(target_model.load(options.target), own, options.folder, rank=rank)
         return
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.num_ranks))
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     generate(
         target_model.load(options.target),
         list(prompts.training_prompts(options.sources)),
@@ -675,8 +686,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_prompt_tokens=options.max_prompt_tokens,
         num_passes=options.passes,
         batch_size=options.batch_size,
-        rank=options.rank,
-        num_ranks=options.num_ranks,
+        rank=rank,
+        num_ranks=num_ranks,
         keep_features=not options.answers_only,
     )
 

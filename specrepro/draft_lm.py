@@ -190,7 +190,7 @@ def load_model(folder: Path | str) -> tuple[PreTrainedModel, int]:
     num_drafted = config.pop("specrepro_num_drafted", NUM_DRAFTED)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     tied = [HEAD] if model.config.tie_word_embeddings else []
-    checkpoints.load_strictly(model, tensors, optional=tied)
+    checkpoints.load_strictly(model, tensors, folder, optional=tied)
     return model, num_drafted
 
 

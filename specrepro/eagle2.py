@@ -249,9 +249,8 @@ def load_head(folder: Path | str) -> tuple[DraftHead, TreeConfig]:
     """
     tensors, config = eagle3.load_parts(folder, "layers.0", "EAGLE")
     head = DraftHead(eagle3.read_config(HeadConfig, config, folder))
-    checkpoints.load_strictly(head, tensors, optional=["embed_tokens.weight"])
-    own = config.get("specrepro_tree")
-    return head, EAGLE2_TREE if own is None else TreeConfig(**own)
+    checkpoints.load_strictly(head, tensors, folder, optional=["embed_tokens.weight"])
+    return head, checkpoints.tree_of(config, EAGLE2_TREE, folder)
 
 
 # --- the recipe

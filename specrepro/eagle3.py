@@ -521,10 +521,10 @@ def load_head(folder: Path | str) -> tuple[DraftHead, TreeConfig]:
     head = DraftHead(read_config(HeadConfig, whole | config, folder))
     if "draft_vocab_size" in config and "d2t" not in tensors and hasattr(head, "d2t"):
         raise ValueError(f"checkpoint {folder} drafts over a reduced vocabulary but has no d2t")
-    checkpoints.load_strictly(head, tensors)
+    checkpoints.load_strictly(head, tensors, folder)
     if hasattr(head, "d2t"):
         checkpoints.require_one_vocabulary(head.d2t, head.t2d, folder)
-    return head, TreeConfig(**config.get("specrepro_tree", {}))
+    return head, checkpoints.tree_of(config, TreeConfig(), folder)
 
 
 def load_parts(

@@ -348,8 +348,8 @@ def load_cascade(folder: Path | str) -> tuple[Cascade, Backbone]:
             " train one with --from-scratch or name another folder"
         )
     cascade = Cascade(eagle3.read_config(CascadeConfig, config, folder))
-    checkpoints.load_strictly(cascade, tensors)
-    return cascade, Backbone(**config.get("specrepro_tree", {}))
+    checkpoints.load_strictly(cascade, tensors, folder)
+    return cascade, checkpoints.tree_of(config, Backbone(), folder)
 
 
 # --- the recipe

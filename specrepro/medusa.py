@@ -246,7 +246,7 @@ def load_heads(folder: Path | str) -> tuple[Heads, int]:
     num_heads = sum(name.endswith(".0.linear.weight") for name in tensors)
     vocab_size = config.get("vocab_size", draft_vocab_size)
     heads = Heads(HeadsConfig(hidden_size, vocab_size, draft_vocab_size, num_heads, num_layers))
-    checkpoints.load_strictly(heads, tensors)
+    checkpoints.load_strictly(heads, tensors, folder)
     return heads, config.get("specrepro_tree", {}).get("total_tokens", TOTAL_TOKENS)
 
 

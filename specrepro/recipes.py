@@ -101,7 +101,7 @@ def train(
     module = recipe.method.new_module(target, features.answers)
     if start is not None:
         tied = getattr(module, "_tied_weights_keys", None) or ()
-        checkpoints.load_strictly(module, checkpoints.load(start)[0], optional=tied)
+        checkpoints.load_strictly(module, checkpoints.load(start)[0], start, optional=tied)
     loss = recipe.method.loss(module, target)
     prompt_ids = corpus.prompt_ids(target.tokenizer, features.answers)
     batches = corpus.batch_order(
@@ -272,7 +272,8 @@ def features_of(target: Target, folder: Path, num_answers: int | None = None) ->
         corpus.recompute(target, corpus.load(corpus.COMMITTED).first(num_answers).answers, features)
     else:
         questions = list(itertools.islice(prompts.training_prompts(), num_answers))
-        corpus.generate(target, questions, features)
+        is_fast = target.device.type == "cuda"  # computes features sooner than a disk has them
+        corpus.generate(target, questions, features, keep_features=not is_fast)
     return features
 
 
@@ -332,13 +333,29 @@ def load_sharded(name: str, dtype: str = "auto") -> Target:
         raise ValueError(
             "a target is spread over processes: start several with torchrun --nproc-per-node N"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # named, since other threads of this process have device 0
+        device = torch.device("cuda", torch.cuda.current_device())
     target = load_target(name, choose_dtype(dtype, device.type), "cpu")
     unpack(target.model)  # copies of the weights, which would stay whole
     draft_training.shard(target.decoder.layers, device.type)
     target.model.to(device)
     target.device, target.stop_ids = device, target.stop_ids.to(device)
     return target
+
+
+def _positive(text: str) -> float:
+    """A number of the command line, above 0."""
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _count(text: str) -> int:
+    """A whole number of the command line, 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
@@ -359,10 +376,12 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         "--work", type=Path, help="training state and log; runs/<paper> if left out"
     )
     parser.add_argument("--from-checkpoint", type=Path, help="folder of weights to begin from")
-    parser.add_argument("--learning-rate", type=float, help="the recipe's if left out")
-    parser.add_argument("--evaluations", type=int, default=4, help="looks at held-out tau")
-    parser.add_argument("--epochs", type=float, help="over the corpus; the recipe's if left out")
-    parser.add_argument("--batch-tokens", type=int, help="of each process; the recipe's if left"
+    parser.add_argument("--learning-rate", type=_positive, help="the recipe's if left out")
+    parser.add_argument("--evaluations", type=_count, default=4, help="looks at held-out tau")
+    parser.add_argument(
+        "--epochs", type=_positive, help="over the corpus; the recipe's if left out"
+    )
+    parser.add_argument("--batch-tokens", type=_count, help="of each process; the recipe's if left"
                         " out: a GPU takes more in the same time")  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
@@ -385,6 +404,11 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         epochs=options.epochs or recipe.epochs,
         batch_tokens=options.batch_tokens or recipe.batch_tokens,
     )
+    if options.shard_target and not corpus.has_features(options.corpus):
+        raise ValueError(
+            f"{options.corpus} has no features, and layers that are spread over devices cannot"
+            " compute them while they train: make them first, python -m specrepro.corpus"
+        )
     work = options.work or Path("runs") / method.name
     make_checkpoint(
         recipe, target, options.corpus, work, options.destination, start=options.from_checkpoint,

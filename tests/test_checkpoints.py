@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from specrepro import assets, checkpoints, eagle3, target_model
-from specrepro.eagle3 import DraftHead, HeadConfig
+from specrepro.eagle3 import DraftHead, HeadConfig, TreeConfig
 from specrepro.target_model import Target
 
 TENSORS = {
@@ -107,20 +107,32 @@ def test_strict_loading_lists_every_fault():
     module = nn.Linear(3, 2)
     tensors = {"weight": torch.zeros(2, 4), "extra": torch.zeros(1), "another": torch.zeros(1)}
     with pytest.raises(ValueError) as refused:
-        checkpoints.load_strictly(module, tensors)
+        checkpoints.load_strictly(module, tensors, "here")
     message = str(refused.value)
     assert "missing: bias" in message and "unknown: another, extra" in message
-    assert "weight is (2, 4), not (2, 3)" in message and "Linear" in message
+    assert "weight is (2, 4), not (2, 3)" in message
+    assert message.startswith("checkpoint here does not fit Linear: ")
+
+
+def test_a_config_that_is_torn_or_names_unknown_sizes_is_told_by_its_folder(tmp_path):
+    folder = checkpoints.save(tmp_path / "head", {"weight": torch.zeros(1)}, {"a": 1})
+    (folder / "config.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="config.json is not readable JSON .*train it again"):
+        checkpoints.load(folder)
+    tree = {"specrepro_tree": {"depth": 3, "breadth": 2}}
+    with pytest.raises(ValueError, match=f"{folder} names breadth; known sizes are depth, top_k"):
+        checkpoints.tree_of(tree, TreeConfig(), folder)
+    assert checkpoints.tree_of({}, TreeConfig(top_k=3), folder) == TreeConfig(top_k=3)
 
 
 def test_strict_loading_of_what_fits_loads_it():
     module = nn.Linear(3, 2)
     tensors = {"weight": torch.ones(2, 3), "bias": torch.ones(2, dtype=torch.float16)}
-    checkpoints.load_strictly(module, tensors)
+    checkpoints.load_strictly(module, tensors, "here")
     assert torch.equal(module.weight, torch.ones(2, 3)) and module.bias.dtype == torch.float32
     with pytest.raises(ValueError, match="missing: bias"):
-        checkpoints.load_strictly(module, {"weight": tensors["weight"]})
-    checkpoints.load_strictly(module, {"weight": tensors["weight"]}, optional=["bias"])
+        checkpoints.load_strictly(module, {"weight": tensors["weight"]}, "here")
+    checkpoints.load_strictly(module, {"weight": tensors["weight"]}, "here", optional=["bias"])
 
 
 # --- pickles

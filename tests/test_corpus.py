@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specrepro import corpus, prompts, target_model
+from specrepro import corpus, draft_training, prompts, target_model
 from specrepro.corpus import Answer, Corpus, FeatureCache, shuffled_batches
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.target_model import Target
@@ -332,6 +332,30 @@ def test_every_share_has_its_part_of_what_only_some_prompts_have():
     sampled = [Answer(one, 3, 1.0, 1, [1]) for one in ids[:800]]
     first = Corpus(greedy + sampled).first(700).answers
     assert sum(one.temperature for one in first) / 700 == pytest.approx(800 / 2800, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [((), (1, 3)), (("--rank", "2", "--num-ranks", "4"), (2, 4)), (("--rank", "0"), (0, 3))],
+)
+def test_processes_of_torchrun_write_parts_of_their_own(
+    named, expected, target, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(draft_training, "join_processes", lambda: (1, 3))
+    monkeypatch.setattr(corpus.target_model, "load", lambda name: target)
+    monkeypatch.setattr(corpus.prompts, "training_prompts", lambda sources: [])
+    asked = []
+    monkeypatch.setattr(
+        corpus, "generate", lambda *_, rank, num_ranks, **__: asked.append((rank, num_ranks))
+    )
+    corpus.main([str(tmp_path), *named])
+    assert asked == [expected]
+
+
+def test_a_rank_that_no_process_has_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        corpus.main([str(tmp_path), "--rank", "2", "--num-ranks", "2"])
+    assert "--rank is 2 of 2 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["0", "-0.5", "1.5"])

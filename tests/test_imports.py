@@ -47,6 +47,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "magpie": {"decoding", "target_model", "prompts"},
     "corpus": {
         "decoding", "target_model", "tree_verify", "prompts", "assets", "checkpoints",
+        "draft_training",
     },
     "draft_training": {"checkpoints"},
     "draft_layer": {"target_model"},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from drafter_cases import (
     RECIPE,
     assert_says_what_the_target_says,
@@ -128,6 +130,35 @@ def test_each_batch_is_read_once_and_a_failed_read_stops_its_own_step():
         ahead(3)
     assert ahead(4) == 40, "a step that was not read before, as after a resume"
     assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "option", ["--epochs", "--learning-rate", "--batch-tokens", "--evaluations"]
+)
+def test_no_number_of_the_command_line_stands_for_another(option, capsys):
+    with pytest.raises(SystemExit):
+        recipes.main(Eagle3, ["corpus", "out", option, "0"])
+    assert f"argument {option}: 0 is" in capsys.readouterr().err
+
+
+def test_layers_that_are_spread_are_not_asked_for_features_while_training(
+    chat_target, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recipes, "load_sharded", lambda name: chat_target)
+    with pytest.raises(ValueError, match="has no features.*python -m specrepro.corpus"):
+        recipes.main(Eagle3, [str(tmp_path), "out", "--shard-target"])
+
+
+def test_a_gpu_keeps_no_features_which_it_has_sooner_than_a_disk(
+    chat_target, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recipes.prompts, "training_prompts", lambda: [])
+    kept = []
+    monkeypatch.setattr(corpus, "generate", lambda *_, keep_features: kept.append(keep_features))
+    for device in ("cpu", "cuda"):
+        own = SimpleNamespace(name="a/b", device=torch.device(device))
+        recipes.features_of(own, tmp_path)
+    assert kept == [True, False]
 
 
 def test_overrides_are_for_the_embedded_target_alone(chat_target, monkeypatch):
