@@ -36,9 +36,9 @@ OWN = {  # the method that a paper is about
     "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",
     "adaeagle": "AdaEAGLE", "tts": "SAM[EAGLE-3]",
 }  # fmt: skip
-BESIDE = {  # quantity -> the heading of its table
-    "baselines": "Beside other methods, on the same prompts and the same clock",
-    "ablation": "Ablation",
+BESIDE = {  # quantity -> the heading of its table, and the sets that it has beside their mean
+    "baselines": ("Beside other methods, on the same prompts and the same clock", ()),
+    "ablation": ("Ablation", ("chat", "maths")),  # Table 2's, at temperature 0
 }
 OF_SEVERAL_SETS = ("mean", "overall")
 _UNITS = (("speedup", "x"), ("tau", ""))
@@ -200,14 +200,16 @@ def _rows(paper: str, quantity: str) -> pd.DataFrame:
 
 
 def _tables_beside(paper: str) -> dict[str, str]:
-    """Means of `BESIDE`, by heading, where they were measured; of the largest tier."""
+    """Tables of `BESIDE`, by heading, of what was measured at the largest tier."""
     tables = {}
-    for quantity, title in BESIDE.items():
+    for quantity, (title, sets) in BESIDE.items():
         found = _rows(paper, quantity)
         if len(found):
-            largest = max(found["tier"], key=list(TIERS).index)
-            found = means(found[found["tier"] == largest])
-            tables[title] = table_of(paper, found, _of_any_model(paper, quantity))
+            found = found[found["tier"] == max(found["tier"], key=list(TIERS).index)]
+            single = found[found["prompts"].isin(sets) & (found["temperature"] == 0)]
+            shown = pd.concat([means(found), single])
+            shown = shown[~shown.index.duplicated()]
+            tables[title] = table_of(paper, shown, _of_any_model(paper, quantity))
     return tables
 
 

@@ -261,9 +261,10 @@ def run_as_the_notebook(num_cells: int | None = 2, **given: object) -> dict[str,
     return names
 
 
-def test_the_road_from_settings_to_records_runs_without_the_hub(one, stand_ins, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_the_road_from_settings_to_records_runs_without_the_hub(one, dtype, stand_ins, tmp_path):
     names = run_as_the_notebook(
-        **stand_ins(one), tier="paper", dtype="float32", num_prompts=1, max_new_tokens=40,
+        **stand_ins(one), tier="paper", dtype=dtype, num_prompts=1, max_new_tokens=40,
         figures_dir=str(tmp_path / "figures"),
     )  # fmt: skip
     run, drafter, folder = names["run"], names["drafter"], names["folder"]
@@ -280,10 +281,13 @@ def test_the_road_from_settings_to_records_runs_without_the_hub(one, stand_ins, 
     records = run.compare({"EAGLE-3": drafter}, ("chat",), (0.0,))
     drafted, plain = ([r.tokens for r in records if r.method == m]
                       for m in ("EAGLE-3", "Autoregressive"))  # fmt: skip
-    assert drafted == plain and len(drafted[0]) == 40
-    assert max(max(r.accepted) for r in records if r.method == "EAGLE-3") > 0
+    own = one.dtype if dtype == "auto" else dtype
+    same = 40 if own != "bfloat16" else 8  # near ties, which the audit looks at, part these later
+    assert drafted[0][:same] == plain[0][:same] and len(drafted[0]) == len(plain[0]) == 40
+    accepted = [max(r.accepted) for r in records if r.method == "EAGLE-3"]
+    assert max(accepted) > 0 or dtype == "auto", "a random head is right by chance"
     decoded = run.decode_rows(records)
-    assert set(decoded["tier"]) == {"paper"} and set(decoded["dtype"]) == {"float32"}
+    assert set(decoded["tier"]) == {"paper"} and set(decoded["dtype"]) == {own}
 
 
 @pytest.mark.slow

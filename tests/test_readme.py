@@ -95,6 +95,16 @@ def test_methods_beside_ours_are_told_with_the_model_that_the_paper_measured_the
     assert lines["| PLD | 0"].endswith("| 1.74x / 1.80 (Vicuna-13B) |")
 
 
+def test_table_2_is_told_on_its_own_sets_beside_the_papers_cells():
+    _, _, below = pages.page_of("eagle3").partition("## Ablation")
+    lines = below.split("##")[0].splitlines()
+    told = {tuple(line.strip("| ").split(" | ")[:3]): line for line in lines if "|" in line}
+    one = "EAGLE-3 (top feature only)", "0"
+    assert told[*one, "chat"].endswith("| 3.82x / 5.37 |")
+    assert told[*one, "maths"].endswith("| 3.77x / 5.22 |")
+    assert (*one, "humaneval") not in told and ("EAGLE-3", "1", "chat") not in told
+
+
 @pytest.mark.parametrize(
     "path", [pages.README, *map(pages.page, experiment.PAPERS)], ids=lambda path: path.parent.name
 )
