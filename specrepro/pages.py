@@ -36,10 +36,11 @@ OWN = {  # the method that a paper is about
     "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",
     "adaeagle": "AdaEAGLE", "tts": "SAM[EAGLE-3]",
 }  # fmt: skip
-BESIDE = {  # quantity -> the heading of its table, and the sets that it has beside their mean
-    "baselines": ("Beside other methods, on the same prompts and the same clock", ()),
-    "ablation": ("Ablation", ("chat", "maths")),  # Table 2's, at temperature 0
+BESIDE = {  # quantity -> the heading of its table
+    "baselines": "Beside other methods, on the same prompts and the same clock",
+    "ablation": "Ablation",
 }
+SINGLE = {("eagle3", "ablation"): ("chat", "maths")}  # sets beside the mean: Table 2's, greedy
 OF_SEVERAL_SETS = ("mean", "overall")
 _UNITS = (("speedup", "x"), ("tau", ""))
 
@@ -202,13 +203,12 @@ def _rows(paper: str, quantity: str) -> pd.DataFrame:
 def _tables_beside(paper: str) -> dict[str, str]:
     """Tables of `BESIDE`, by heading, of what was measured at the largest tier."""
     tables = {}
-    for quantity, (title, sets) in BESIDE.items():
+    for quantity, title in BESIDE.items():
         found = _rows(paper, quantity)
         if len(found):
             found = found[found["tier"] == max(found["tier"], key=list(TIERS).index)]
-            single = found[found["prompts"].isin(sets) & (found["temperature"] == 0)]
-            shown = pd.concat([means(found), single])
-            shown = shown[~shown.index.duplicated()]
+            is_single = found["prompts"].isin(SINGLE.get((paper, quantity), ()))
+            shown = pd.concat([means(found), found[is_single & (found["temperature"] == 0)]])
             tables[title] = table_of(paper, shown, _of_any_model(paper, quantity))
     return tables
 
