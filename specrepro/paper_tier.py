@@ -209,7 +209,7 @@ class Plan:
 
 def _prompt_sources(names: Sequence[str]) -> str:
     sets = [prompts.HUB_SETS[name] for name in names]
-    return ", ".join(f"{one.dataset} at {(one.revision or 'its newest')[:12]}" for one in sets)
+    return ", ".join(f"{one.dataset} at {one.revision[:12]}" for one in sets)
 
 
 def _num_bytes_of_head(one: PaperTarget) -> int:

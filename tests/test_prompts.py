@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import count, islice
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -297,3 +299,17 @@ def test_an_absent_hub_is_one_line_that_names_the_folder_alternative():
     with pytest.raises(assets.AssetError, match="cannot load openai/gsm8k.*folder") as refusal:
         prompts.load_from_hub("maths", 1)
     assert "\n" not in str(refusal.value)
+
+
+def test_every_set_of_the_hub_is_pinned_and_another_data_set_is_read_as_it_is(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        datasets, "load_dataset",
+        lambda *names, split, revision: read.append((*names, revision)) or [{"question": "1?",
+                                                                             "answer": "1"}],
+    )  # fmt: skip
+    assert all(re.fullmatch("[0-9a-f]{40}", one.revision) for one in prompts.HUB_SETS.values())
+    prompts.load_from_hub("maths", 1)
+    prompts.load_from_hub("maths", 1, source="my/own")
+    pinned = prompts.HUB_SETS["maths"].revision
+    assert read == [("openai/gsm8k", "main", pinned), ("my/own", "main", None)]
