@@ -648,19 +648,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", type=Path, help="less those of this packed corpus: what a"
                         " head was trained on")  # fmt: skip
     parser.add_argument("--share", type=float, default=1.0, help="of these committed answers")
+    parser.add_argument("--pack", type=Path, metavar="DESTINATION",
+                        help="gather the folder's answers in one file with a card, as"
+                        " corpus/smollm2 is, and answer nothing")  # fmt: skip
     return parser
+
+
+def _pack_as_told(options: argparse.Namespace) -> None:
+    target = target_model.load(options.target)
+    told = ("max_new_tokens", "max_prompt_tokens", "sources")
+    about = {"target": target_model.target_name(target)} | {n: getattr(options, n) for n in told}
+    print(pack(options.folder, options.pack, about, target.tokenizer))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.corpus`: generate answers, one process of several.
 
     Or, with `--committed`, features of the answers that are in the repository, which takes minutes
-    where answering takes hours.
+    where answering takes hours; or, with `--pack`, one file of the answers that are there.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
     if not 0 < options.share <= 1:
         parser.error(f"--share is {options.share}; give a part of the committed answers, above 0")
+    if options.pack is not None:
+        _pack_as_told(options)
+        return
     joined = draft_training.join_processes()
     given = options.rank, options.num_ranks
     rank, num_ranks = (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,6 +324,16 @@ def test_answers_that_a_head_was_trained_on_can_be_left_out(target, whole, tmp_p
     found = FeatureCache(tmp_path / "new", target.hidden_size).answers
     assert len(found) == len(answers) - 5 > 0
     assert not [one for one in found if one in answers[:5]]
+
+
+def test_the_command_packs_what_was_answered_with_a_card(whole, tmp_path, monkeypatch):
+    packer = SimpleNamespace(name="a/b", tokenizer=None)
+    monkeypatch.setattr(corpus.target_model, "load", lambda name: packer)
+    corpus.main([str(whole), "--pack", str(tmp_path / "packed"), "--max-new-tokens", "9"])
+    card = json.loads((tmp_path / "packed" / "card.json").read_text())
+    packed = corpus.load(tmp_path / "packed")
+    assert len(packed.answers) == card["num_answers"] == len(corpus._all_answers(whole))
+    assert (card["hash"], card["target"], card["max_new_tokens"]) == (packed.hash, "a/b", 9)
 
 
 def test_every_share_has_its_part_of_what_only_some_prompts_have():
