@@ -81,6 +81,7 @@ CHAINS = {  # variants whose n-alpha is measured -> their loader of a chain, and
     "eagle2": (eagle2, "EAGLE chain", "EAGLE"),
     "eagle2_no_feature_loss": (eagle2, "EAGLE chain", "EAGLE (no feature loss)"),
 }
+FIRST_BY_DEPTH = (OURS, "EAGLE", "EAGLE (no feature loss)")  # less every other, by depth
 VARIED = {  # variant -> what is varied, and its level
     "eagle3_no_ttt": ("training-time-test steps", 1),
     "eagle3_ttt_2": ("training-time-test steps", 2),
@@ -261,9 +262,12 @@ class Lab:
         records, _ = self._measure("ablation_by_depth", entries, ("chat",), (0.0,))
         drafted = [record for record in records if record.method != AUTOREGRESSIVE]
         levels = max(num for record in drafted for num in record.drafted)  # of a chain, its length
-        found = rows.acceptance_by_depth(drafted, levels)
-        named = self._named(found, entries)
-        return named.assign(quantity="ablation_by_depth", top_k=1, budget=EQUAL)
+        found = rows.acceptance_by_depth(drafted, levels).assign(quantity="ablation_by_depth")
+        firsts = [one.key for one in entries if one.method in FIRST_BY_DEPTH]
+        pairs = [(key, one.key) for key in firsts for one in entries if key != one.key]
+        differences = rows.paired_by_depth(drafted, pairs, levels)
+        both = self._named(pd.concat([found, differences], ignore_index=True), entries)
+        return both.assign(top_k=1, budget=EQUAL)
 
     def data_scaling(self) -> pd.DataFrame:
         """Rows of quantity "data_scaling", `data_scale` relative to the smallest share."""

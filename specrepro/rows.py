@@ -24,7 +24,7 @@ import platform
 import subprocess
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -428,6 +428,45 @@ def _value_row(case: _Measured, metric: str) -> dict[str, Any]:
     return {"value": case.values[metric], "value_low": low, "value_high": high} | case.counts
 
 
+@dataclass(frozen=True, slots=True)
+class _ByDepth:
+    """How often one method's tokens are accepted at depths 1, 2, ..., with bootstrap draws."""
+
+    offered: np.ndarray  # (depths,) rounds that could accept there
+    values: np.ndarray  # (depths,)
+    draws: np.ndarray  # (resamples, depths)
+    num_prompts: int
+
+    @classmethod
+    def of(cls, records: Sequence[Record], num_levels: int, fewest_rounds: int) -> _ByDepth:
+        """Down to the last depth that enough rounds reached; units are in the order of names."""
+        mine = sorted(records, key=lambda record: record.unit)
+        units = _by_unit([(record.unit, _reached(record, num_levels)) for record in mine])
+        totals, draws = units.sum(0), bootstrap(units)
+        offered = totals[:num_levels]
+        deep = max(int(offered[0] > 0), int((offered >= fewest_rounds).sum()))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rates = np.minimum(draws[:, num_levels:] / draws[:, :num_levels], 1)
+            values = totals[num_levels:] / offered
+        return cls(offered[:deep], values[:deep], rates[:, :deep], len(mine))
+
+    def less(self, other: _ByDepth) -> _ByDepth:
+        """The difference, of two methods on the same units."""
+        deep = min(len(self.offered), len(other.offered))
+        offered = np.minimum(self.offered[:deep], other.offered[:deep])
+        values = self.values[:deep] - other.values[:deep]
+        return _ByDepth(
+            offered, values, self.draws[:, :deep] - other.draws[:, :deep], self.num_prompts
+        )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row of each depth."""
+        for place, (offered, value) in enumerate(zip(self.offered, self.values, strict=True)):
+            low, high = interval(self.draws[:, place])
+            row = {"depth": place + 1, "num_rounds": int(offered), "num_prompts": self.num_prompts}
+            yield row | {"value": value, "value_low": low, "value_high": high}
+
+
 def acceptance_by_depth(
     records: Sequence[Record], levels: int | None = None, fewest_rounds: int = 10
 ) -> pd.DataFrame:
@@ -438,25 +477,43 @@ def acceptance_by_depth(
     record does not know how deep its trees were: without `levels`, the deepest acceptance ends it.
     So does the depth, below the first, that fewer than `fewest_rounds` reached: it shows nothing.
     """
-    rows = []
+    found = []
     for named, mine in _by_method([r for r in _first_repeats(records) if any(r.drafted)]):
         num_levels = levels or max(1, max(max(r.accepted) for r in mine if r.accepted))
-        units = _by_unit([(r.unit, _reached(r, num_levels)) for r in mine])
-        totals, draws = units.sum(0), bootstrap(units)
-        for depth in range(1, num_levels + 1):
-            offered, accepted = totals[depth - 1], totals[num_levels + depth - 1]
-            if not offered or (depth > 1 and offered < fewest_rounds):
-                break
-            with np.errstate(divide="ignore", invalid="ignore"):
-                rates = draws[:, num_levels + depth - 1] / draws[:, depth - 1]
-                low, high = interval(np.minimum(rates, 1))
-            rows.append(
-                named
-                | {"quantity": "acceptance_by_depth", "depth": depth, "num_rounds": int(offered)}
-                | {"value": accepted / offered, "value_low": low, "value_high": high}
-                | {"num_prompts": len(mine)}
+        rates = _ByDepth.of(mine, num_levels, fewest_rounds)
+        found += [named | {"quantity": "acceptance_by_depth"} | row for row in rates.rows()]
+    return pd.DataFrame(found)
+
+
+def paired_by_depth(
+    records: Sequence[Record],
+    pairs: Sequence[tuple[str, str]],
+    levels: int,
+    fewest_rounds: int = 10,
+) -> pd.DataFrame:
+    """That acceptance of `method` less that of `versus`, on the prompts that both answered.
+
+    Rows of quantity "paired_difference" by `depth`, of the `metric` "value", as the rates are in.
+    """
+    of: dict[Any, dict[str, list[Record]]] = defaultdict(dict)
+    for named, mine in _by_method([r for r in _first_repeats(records) if any(r.drafted)]):
+        of[tuple(named[name] for name in SLICE)][named["method"]] = mine
+    found = []
+    for place, methods in of.items():
+        for pair in (pair for pair in pairs if set(pair) <= methods.keys()):
+            one, other = (
+                _ByDepth.of(mine, levels, fewest_rounds) for mine in _shared(methods, *pair)
             )
-    return pd.DataFrame(rows)
+            named = dict(zip([*SLICE, "method", "versus"], [*place, *pair], strict=True))
+            named |= {"quantity": "paired_difference", "metric": "value"}
+            found += [named | row for row in one.less(other).rows()]
+    return pd.DataFrame(found)
+
+
+def _shared(of: Mapping[str, list[Record]], *methods: str) -> list[list[Record]]:
+    """The records of some methods on the prompts that all of them have."""
+    ids = set.intersection(*({record.prompt_id for record in of[name]} for name in methods))
+    return [[record for record in of[name] if record.prompt_id in ids] for name in methods]
 
 
 def _reached(record: Record, num_levels: int) -> np.ndarray:

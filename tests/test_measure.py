@@ -379,6 +379,27 @@ def test_acceptance_at_a_depth_is_given_that_those_above_were_accepted() -> None
     assert told == [1, 2], "four rounds are no share of anything"
 
 
+def test_acceptance_by_depth_is_compared_on_the_same_prompts() -> None:
+    """One method is right a little more often on every prompt, and prompts differ by much more."""
+    draws, records = np.random.default_rng(0), []
+    for prompt in range(12):
+        right = draws.uniform(0.2, 0.7)
+        for method, more in (("A", 0.1), ("B", 0.0)):
+            accepted = (draws.uniform(size=400) < right + more).astype(int).tolist()
+            records.append(record(method, f"q{prompt}", accepted, 1.0))
+    one = rows.paired_by_depth(records, [("A", "B")], levels=1).iloc[0]
+    shuffled = [records[i] for i in draws.permutation(len(records))]
+    again = rows.paired_by_depth(shuffled, [("A", "B")], levels=1).iloc[0]
+    values = ["value", "value_low", "value_high"]
+    assert (one[values] == again[values]).all(), "the order of records is no matter"
+    assert 0.05 < one["value_low"] < one["value"] < one["value_high"] < 0.15
+    apart = rows.acceptance_by_depth(records).set_index("method")
+    assert apart.loc["A", "value_low"] < apart.loc["B", "value_high"], "apart they overlap"
+    assert one["value"] == apart.loc["A", "value"] - apart.loc["B", "value"]
+    back = rows.paired_by_depth([*records, record("A", "new", [1], 1.0)], [("B", "A")], levels=1)
+    assert back["value"].item() == -one["value"] and back["num_prompts"].item() == 12
+
+
 def test_parts_of_a_round_add_up_to_its_wall_time(target, tmp_path) -> None:
     for batch in (1, 4):
         records = run(target, tmp_path / f"{batch}.jsonl", batch=batch)
