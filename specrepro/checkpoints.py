@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -27,6 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from specrepro import commands
 
 Tree = TypeVar("Tree")  # a dataclass of sizes
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
@@ -341,25 +342,20 @@ def _unpickle_tensors(source: Path) -> dict[str, Tensor]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m specrepro.checkpoints convert` and `export`; 1 and one line where they cannot."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m specrepro.checkpoints convert` and `export`."""
     options = vars(_parser().parse_args(arguments))
-    try:
-        print(options.pop("run")(**options))
-    except ValueError as error:
-        print(f"specrepro.checkpoints: {error}", file=sys.stderr)
-        return 1
-    return 0
+    print(options.pop("run")(**options))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m specrepro.checkpoints")
-    commands = parser.add_subparsers(required=True, metavar="convert|export")
+    choices = parser.add_subparsers(required=True, metavar="convert|export")
     for run, about, source in (
         (convert, "rewrite a pickled checkpoint as safetensors", "pytorch_model.bin"),
         (export, "rewrite an EAGLE-3 head as speculators reads it", "folder of the checkpoint"),
     ):
-        command = commands.add_parser(run.__name__, help=about)
+        command = choices.add_parser(run.__name__, help=about)
         command.set_defaults(run=run)
         command.add_argument("source", type=Path, help=source)
         command.add_argument("folder", type=Path, help=f"where {WEIGHTS} and {CONFIG} go")
@@ -370,4 +366,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commands.run(main)

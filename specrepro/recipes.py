@@ -297,7 +297,7 @@ def variant(
     Goes on where it was interrupted; `work` is a folder of its own.
     """
     recipe = changed(Recipe.of(method, target), settings or {})
-    loop = replace(recipe.loop, keeps_last=True)  # the best of some looks is no equal start
+    loop = replace(recipe.loop, keeps_last=True)  # a best look is more than its last step has
     recipe = replace(
         recipe, loop=loop, epochs=epochs, batch_tokens=batch_tokens or recipe.batch_tokens
     )

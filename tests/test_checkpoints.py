@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from specrepro import assets, checkpoints, eagle3, target_model
+from specrepro import assets, checkpoints, commands, eagle3, target_model
 from specrepro.eagle3 import DraftHead, HeadConfig, TreeConfig
 from specrepro.target_model import Target
 
@@ -159,6 +159,14 @@ def test_no_kind_of_pickle_is_loaded(tmp_path, name):
         checkpoints.load(tmp_path)
 
 
+def status_of(*arguments: str) -> int:
+    """What the command ends with, told on stderr under its own name."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(sys, "argv", [checkpoints.__file__])
+        commands.run(checkpoints.main, arguments)
+    return left.value.code
+
+
 def test_conversion_keeps_values_in_another_folder_and_splits_shared_memory(tmp_path):
     whole = torch.arange(8.0)
     source = pickled(tmp_path / "in", {"whole": whole, "part": whole[2:5], "again": whole})
@@ -182,7 +190,7 @@ def test_conversion_runs_no_code(tmp_path, protocol, capsys):
     source = pickled(tmp_path, {"weight": Payload(touched)})
     if protocol == "plain":
         source.write_bytes(pickle.dumps(Payload(touched), protocol=2))
-    assert checkpoints.main(["convert", str(source), str(tmp_path / "out")]) == 1
+    assert status_of("convert", str(source), str(tmp_path / "out")) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"specrepro.checkpoints: {source} does not hold tensors alone")
     assert said.count("\n") == 1, "one line"
@@ -333,7 +341,7 @@ def deep_target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 def test_an_exported_head_is_the_same_head_under_other_names(deep_target, tmp_path):
     eagle3.save_head(small_head(deep_target), tmp_path / "head")
     arguments = [str(tmp_path / "head"), str(tmp_path / "out"), "--target", deep_target.name]
-    assert checkpoints.main(["export", *arguments, "--name", "a/b"]) == 0
+    assert status_of("export", *arguments, "--name", "a/b") == 0
     (head, _), (out, about) = (checkpoints.load(tmp_path / name) for name in ("head", "out"))
     embedding = out.pop("embed_tokens.weight")
     assert torch.equal(embedding, deep_target.model.get_input_embeddings().weight)
@@ -353,7 +361,7 @@ def test_an_exported_head_is_the_same_head_under_other_names(deep_target, tmp_pa
 def test_what_cannot_be_exported_is_told_in_one_line(deep_target, tmp_path, capsys):
     def said(source: Path, folder: str = "out", target: str = deep_target.name) -> str:
         arguments = [str(source), str(tmp_path / folder), "--target", target]
-        assert checkpoints.main(["export", *arguments]) == 1
+        assert status_of("export", *arguments) == 1
         return capsys.readouterr().err
 
     eagle3.save_head(small_head(deep_target), tmp_path / "head")

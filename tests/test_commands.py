@@ -15,7 +15,7 @@ import pytest
 from specrepro import assets, commands
 
 PACKAGE = Path(commands.__file__).parent
-OWN_WAY = {"__main__", "checkpoints", "tree_kernel"}  # the last runs kernel_timings
+OWN_WAY = {"__main__", "tree_kernel"}  # the last runs kernel_timings
 
 
 def raising(error: BaseException) -> None:
