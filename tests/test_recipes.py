@@ -115,6 +115,20 @@ def test_variants_differ_in_one_setting_and_in_their_share_of_one_corpus(
     assert Drafter.load(made, chat_target).head.config.features == "final"
 
 
+def test_a_variant_keeps_its_last_state_though_an_earlier_look_was_better(
+    chat_target, features, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Recipe, "of", lambda method, target: RECIPE)
+    falling = iter(range(99, 0, -1))
+    monkeypatch.setattr(recipes, "held_out_tau", lambda *_: float(next(falling)))
+    made = recipes.variant(
+        Eagle3, chat_target, features, tmp_path / "one", epochs=2.0, evaluations=2
+    )
+    card = json.loads((made / "card.json").read_text())
+    looks = [*card["held_out_tau_by_step"].values()]
+    assert len(looks) > 1 and card["held_out_tau"] == looks[-1] < looks[0]
+
+
 def test_each_batch_is_read_once_and_a_failed_read_stops_its_own_step():
     seen = []
 
