@@ -229,11 +229,12 @@ def _turns(
         _Turn(method, repeat, group)
         for place, group in enumerate(groups)
         for repeat in range(repeats)
-        for method in _rotated(methods, place + repeat)  # none is always the first at a prompt
+        for method in rotated(methods, place + repeat)  # none is always the first at a prompt
     ]
 
 
-def _rotated(methods: list[str], places: int) -> list[str]:
+def rotated(methods: list[str], places: int) -> list[str]:
+    """The methods, begun `places` later: another is the first at each prompt."""
     places %= len(methods)
     return methods[places:] + methods[:places]
 

@@ -142,7 +142,12 @@ def compare(
     setting = _Setting(paradigm, temperature, seed, max_new_tokens, top_p, top_k, *names)
     baseline = {AUTOREGRESSIVE: Method("baseline", "turn", lambda shares: Autoregressive())}
     methods = baseline | dict(methods)
-    sessions = [_Session(m, r, q) for q in questions for r in range(repeats) for m in methods]
+    sessions = [
+        _Session(method, repeat, question)
+        for place, question in enumerate(questions)
+        for repeat in range(repeats)
+        for method in measure.rotated(list(methods), place + repeat)
+    ]
     wanted = [record for session in sessions for record in session.records(setting)]
     held = measure.held_records(Path(path), wanted)
     left = [s for s in sessions if any(r.key not in held for r in s.records(setting))]
@@ -182,15 +187,18 @@ class _Runner:
     def warm_up(self, left: Sequence[_Session]) -> None:
         """Make the drafter of every method that has sessions left, and run each once untimed."""
         first = {session.method: session for session in reversed(left)}
+        is_batched = self.setting.paradigm.is_batched
         for name, method in self.methods.items():
             if name not in first:
                 continue
-            drafter = self.drafters[name] = method.make(self.setting.paradigm.is_batched)
+            drafter = self.drafters[name] = method.make(is_batched)
             if method.keeps == "run" and not hasattr(drafter, "restore"):
                 raise ValueError(f"{name} cannot hand over what it learnt, so it cannot keep a run")
             try:
                 prompt = self._prompt(first[name].question, 1, 1, None)
-                self._decode(drafter, [prompt], [0], min(WARM_UP_TOKENS, self._most))
+                asked = [prompt] * (self.setting.paradigm.num_samples if is_batched else 1)
+                seeds = list(range(len(asked)))
+                self._decode(drafter, asked, seeds, min(WARM_UP_TOKENS, self._most))
             except DECODING_ERRORS:
                 pass  # the timed session fails the same way, and its record says so
 

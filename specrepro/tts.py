@@ -15,6 +15,8 @@ Departs from the paper:
 - every method answers with its own words, as there, but all draw alike: of one seed the answers are
   the same, unless rounding turns a near tie;
 - the budget falls on the same token whatever was drafted; the reference looks between rounds;
+- SpS drafts a chain of a fixed length: that of its checkpoint, or `ASSISTED` of a model from the Hub
+  (the reference leaves it to transformers' assisted generation, which may stop earlier);
 - Suffix[EAGLE-3] and SuffixDecoding are not among the paper's methods.
 
 `replay` tells from recorded answers, in seconds, what another drafter, threshold or an oracle would
@@ -42,6 +44,7 @@ __all__ = ["Method", "Paradigm", "Question", "compare"]  # what a notebook needs
 
 TEMPERATURES = (0.0, 0.6)
 TREE_DEPTH = 5  # of EAGLE-3's tree, where the benchmark runs it
+ASSISTED = 20  # tokens that assisted generation drafts, where the benchmark runs SpS with it
 MULTI_ROUND = Paradigm("multi-round", num_turns=2)
 BEST_OF_N = Paradigm("best-of-n", num_samples=4)
 BATCHED = Paradigm("best-of-n, batched", num_samples=4, is_batched=True)
@@ -150,11 +153,25 @@ def methods(
     else:
         line = _how_to_train(checkpoint, "eagle3")
         left_out |= dict.fromkeys(("EAGLE-3", "SAM[EAGLE-3]", "Suffix[EAGLE-3]"), line)
-    if Path(draft_model) == draft_lm.CHECKPOINT and not draft_lm.CHECKPOINT.is_dir():
-        left_out["SpS"] = _how_to_train(draft_model, "draft_lm")
+    if Path(draft_model) == draft_lm.CHECKPOINT and (why := _no_small_model(target)):
+        left_out["SpS"] = why
     else:
         found["SpS"] = Method("model-based", "turn", lambda _: small_model(target, draft_model))
     return found, left_out
+
+
+def _no_small_model(target: Target) -> str:
+    """Why the committed small model cannot draft for this target; empty where it can."""
+    config = draft_lm.CHECKPOINT / "config.json"
+    if not config.is_file():
+        return _how_to_train(draft_lm.CHECKPOINT, "draft_lm")
+    own = json.loads(config.read_text())["vocab_size"]
+    if own == target.vocab_size:
+        return ""
+    return (
+        f"the committed small model has a vocabulary of {own} tokens and {target.name} one of"
+        f" {target.vocab_size}: name a model of the target's family with `-p draft_model`"
+    )
 
 
 def _how_to_train(folder: Path | str, module: str) -> str:
@@ -192,7 +209,7 @@ def small_model(target: Target, name: Path | str) -> draft_lm.Drafter:
     if config.is_file() and "specrepro_num_drafted" in json.loads(config.read_text()):
         return draft_lm.Drafter.load(name, target)
     own = targets.load(str(name), dtype=target.dtype, device=target.device.type)
-    return draft_lm.Drafter(own.model, target)
+    return draft_lm.Drafter(own.model, target, ASSISTED)
 
 
 def rest_store(folder: Path | str = corpus.COMMITTED, depth: int = 16) -> SuffixArray:
@@ -267,7 +284,7 @@ class Replayed:
 
 
 def in_turn(sessions: Sequence[Sequence[Spoken]]) -> list[list[Spoken]]:
-    """Samples of batches as if they had been drawn in turn, when their words would be the same."""
+    """Samples of batches as if they had been drawn in turn; in float32 their words are the same."""
     own = {"batch": 1, "paradigm": BEST_OF_N.name}
     return [[replace(one, record=replace(one.record, **own)) for one in s] for s in sessions]
 

@@ -95,12 +95,21 @@ def test_what_cannot_be_run_is_left_out_with_a_line_that_says_how(
     assert "rest_store" in left_out["REST"]
 
 
+def test_the_committed_small_model_is_left_out_where_the_target_speaks_other_tokens(
+    target: Target, head_folder: Path
+) -> None:
+    found, left_out = tts.methods(target, head_folder)
+    assert "SpS" not in found
+    assert f"49152 tokens and {target.name} one of {target.vocab_size}" in left_out["SpS"]
+    assert "-p draft_model" in left_out["SpS"]
+
+
 def test_a_small_model_may_be_any_causal_model_of_the_vocabulary(
     target: Target, tiny_chat_folder: Path, head_folder: Path
 ) -> None:
     found, _ = tts.methods(target, head_folder, tiny_chat_folder)
     drafter = found["SpS"].make(False)
-    assert drafter.num_drafted == draft_lm.NUM_DRAFTED
+    assert drafter.num_drafted == 20, "a tau of 7 is reported of it"
     found, _ = tts.methods(target, head_folder, tiny_chat_folder, total_tokens=5)
     assert found["EAGLE-3"].make(False).max_nodes == 5
 

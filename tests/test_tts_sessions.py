@@ -90,6 +90,23 @@ def test_every_method_says_what_the_baseline_says(
     assert any(sum(one.accepted) for one in records), "nothing was accepted"
 
 
+def test_none_is_always_the_first_to_answer_and_batches_are_warmed_up_as_batches(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, honest = [], sessions.decode
+
+    def counted(target: Target, drafter: object, asked: list[list[int]], *rest, **named):
+        sizes.append(len(asked))
+        return honest(target, drafter, asked, *rest, **named)
+
+    monkeypatch.setattr(sessions, "decode", counted)
+    two_questions = run(target, tmp_path, paradigm=TWO_AT_ONCE)
+    assert set(sizes) == {2}
+    written = [one.method for one in measure.read_records(tmp_path / "r.jsonl")]
+    begun = {written[0], written[len(two_questions) // 2]}
+    assert len(begun) == 2
+
+
 def test_the_second_turn_sees_the_final_answer_of_the_first(target: Target, tmp_path: Path) -> None:
     first, second = of(run(target, tmp_path, {}), AUTOREGRESSIVE)
     text = target.tokenizer.decode(first.tokens, skip_special_tokens=True)
