@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -23,6 +24,8 @@ from specrepro.draft_tree import DraftTree
 from specrepro.races import race, race_lead, vocabulary_grid
 from specrepro.target_model import KVCache, Scores, Target, pad, reads_every_slot
 from specrepro.tree_verify import Verdict, takes_kernels, verify_greedy, verify_sample
+
+COLDEST = 1e-4  # temperature: below it logits may overflow
 
 
 class Drafter(Protocol):
@@ -80,9 +83,9 @@ class Sampling:
     top_k: int = 0  # candidates kept; 0 keeps all
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if not (self.temperature == 0 or self.temperature >= COLDEST):
             raise ValueError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or positive"
+                f"temperature is {self.temperature}; it must be 0 (greedy) or at least {COLDEST}"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
@@ -274,13 +277,12 @@ def decode(
 
     Draws are keyed by sequence seed and position, so a sampled run repeats the autoregressive run
     of the same seed. `seed` is one for every sequence (then sequence i uses seed + i) or one each;
-    None draws on the device by torch's own generator, which large batches need (a sequence's own
-    draws are 50 MB at 256 tokens of 49152 words), and nothing repeats but the whole batch.
-    Raises ValueError for an empty prompt or one that leaves no room in the target's context; each
-    sequence is cut to the room that its own prompt leaves.
+    None draws on the device by torch's own generator, which spares a large batch the time to draw
+    for each sequence (448 numbers a token of 49152 words), and nothing repeats but the whole batch.
+    Raises ValueError for a prompt that is empty, holds what is no token of the target, or leaves no
+    room in its context; each sequence is cut to the room that its own prompt leaves.
     """
-    is_single = bool(prompt_ids) and isinstance(prompt_ids[0], int)
-    prompts = [list(prompt_ids)] if is_single else [list(prompt) for prompt in prompt_ids]
+    is_single, prompts = _as_lists(prompt_ids)
     sampling = Sampling(temperature, top_p, top_k)
     limits = _limits(target, prompts, max_new_tokens)
     seeds, times = None if seed is None else _seeds(seed, len(prompts)), None
@@ -342,6 +344,14 @@ def fill_gaps(is_kept: Tensor) -> Tensor:
     return order
 
 
+def _as_lists(prompt_ids: Sequence[int] | Sequence[Sequence[int]]) -> tuple[bool, list[list[int]]]:
+    """Whether it is one prompt, and all as lists; tensors and arrays of ids are taken too."""
+    as_list = getattr(prompt_ids, "tolist", lambda: list(prompt_ids))()
+    is_single = bool(as_list) and isinstance(as_list[0], Integral)
+    prompts = [as_list] if is_single else as_list
+    return is_single, [[int(token) for token in prompt] for prompt in prompts]
+
+
 def _seeds(seed: int | Sequence[int], num_sequences: int) -> list[int]:
     if isinstance(seed, int):
         return [seed + i for i in range(num_sequences)]
@@ -356,6 +366,11 @@ def _limits(target: Target, prompts: list[list[int]], max_new_tokens: int) -> li
         raise ValueError("nothing to continue: a prompt is empty")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if wrong := {t for prompt in prompts for t in prompt if not 0 <= t < target.vocab_size}:
+        raise ValueError(
+            f"a prompt holds token {min(wrong)}, but those of {target.name} are 0 to"
+            f" {target.vocab_size - 1}; encode it with the target's own tokenizer"
+        )
     longest = max(map(len, prompts))
     if longest >= target.max_context:
         raise ValueError(
@@ -363,6 +378,15 @@ def _limits(target: Target, prompts: list[list[int]], max_new_tokens: int) -> li
             f" {target.max_context}; shorten the prompt"
         )
     return [min(max_new_tokens, target.max_context - len(prompt)) for prompt in prompts]
+
+
+def _require_finite(logits: Tensor, target: Target) -> None:
+    """Raise ValueError for logits of a prompt that cannot be compared."""
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"{target.name} has no finite logits after a prompt in {target.dtype}: where float16"
+            " overflows, load the target in bfloat16 or float32"
+        )
 
 
 def _at_nodes(
@@ -428,6 +452,7 @@ class _Loop:
         capacity = int(longest.max()) + self.drafter.max_nodes
         with self.clock.part("prefill"):
             cache, scores = self.target.prefill(prompts, capacity)
+        _require_finite(scores.logits, self.target)
         batch, rows = _Batch.empty(limits), torch.arange(len(prompts), device=limits.device)
         first = torch.zeros_like(rows)[:, None]
         times = self._times(rows, first)

@@ -79,8 +79,11 @@ def _graft(
     for root, tokens, parents in branches:
         own, inner = [root], set(parents)
         for node in range(1, len(tokens)):
+            if node not in inner:  # padding too, which has no parent
+                own.append(UNSCORED)
+                continue
             key = own[parents[node]], tokens[node]
-            own.append(ids.setdefault(key, len(ids)) if node in inner else UNSCORED)
+            own.append(ids.setdefault(key, len(ids)))
         places += own
     return list(ids), places
 

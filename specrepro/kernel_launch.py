@@ -25,6 +25,7 @@ MERGE_ROWS = 16
 VOCABULARY_WARPS = 8  # of the walks that read the vocabulary
 COUPLED_TILE = 4096  # tokens that the walk of a coupled draw loads at once
 RESIDUAL_TILE = 1024  # and the walk by rejection, in float64
+TIGHT = (86, 89, 120)  # architectures with 99 KiB of shared memory for a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ def choose_tiles(
         rows = 16 if itemsize == 4 else 32 if head_size > 128 else 64
         return Tiles(rows, 32, warps=4, stages=1)
     if itemsize == 4:
-        return Tiles(16, 32, warps=8, stages=2)
+        is_tight = head_size > 128 and architecture in TIGHT  # where two stages do not fit
+        return Tiles(16, 32, warps=8, stages=1 if is_tight else 2)
     if head_size > 128:
         return Tiles(64, 32, warps=8, stages=2)
     is_hopper = 90 <= architecture < 100

@@ -8,9 +8,11 @@ that differ without that excuse; `num_divergences` counts all, `detail` says whi
 
 In half precision a pass over a tree rounds differently from a pass over one token, so two nearly
 tied logits may change places. There the row is of quantity "near_tie": every first divergence is
-looked up in the autoregressive run, `gap` is the largest lead its best logit had at such a place,
-and `value` counts the leads above a bound. Rows of quantity "divergence" list each of them. Sampled
-runs are not compared in half precision, where rounding alone turns many a race.
+looked up in the autoregressive run, `gap` is the largest lead its best logit had at such a place;
+and the target reads each whole answer once more, behind its own prompt: `shortfall` is the most by
+which the logit of any token in it falls short of the best one there. `value` counts the prompts
+where either is above a bound. Rows of quantity "divergence" list each divergence. Sampled runs are
+not compared in half precision, where rounding alone turns many a race.
 """
 
 from __future__ import annotations
@@ -169,6 +171,19 @@ class _Audit:
         tokens = ([one.tokens for one in generations] for generations in (expected, found))
         return [first_divergence(*case) for case in zip(ids, *tokens, strict=True)]
 
+    def shortfalls(self, found: list[Generation]) -> dict[str, float]:
+        """Per prompt, the most by which a token's logit falls short of the best one there."""
+        pairs = zip(self.questions, found, strict=True)
+        return {name: self._shortfall(ids, one.tokens) for (name, ids), one in pairs}
+
+    @torch.inference_mode()
+    def _shortfall(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        whole = torch.tensor([[*prompt, *tokens]], device=self.target.device)
+        _, states = self.target.features(whole)
+        logits = self.target.logits(states[0, len(prompt) - 1 : -1]).float()
+        own = logits.gather(1, whole[0, len(prompt) :, None])[:, 0]
+        return (logits.amax(1) - own).max().item()
+
 
 def _exactness_rows(
     audit: _Audit, drafters: dict[str, Drafter], sampling: Sampling
@@ -201,7 +216,7 @@ def _exactness_row(
         "new_tokens": sum(len(generation.tokens) for generation in found),
         "num_divergences": len(parted),
         "bound": bound,
-        "value": sum(lead > bound for _, lead in parted),
+        "value": sum(not lead <= bound for _, lead in parted),
         "detail": "; ".join(_described(*case) for case in parted),
     }
 
@@ -226,8 +241,9 @@ def _near_tie_rows(
     for method, drafter in drafters.items():
         if method == AUTOREGRESSIVE:
             continue
-        cases = audit.divergences(baseline, audit.generations(drafter, GREEDY))
-        rows += _audited_rows(method, _parted(cases, baseline), len(cases), bound)
+        found = audit.generations(drafter, GREEDY)
+        parted = _parted(audit.divergences(baseline, found), baseline)
+        rows += _audited_rows(method, parted, audit.shortfalls(found), bound)
     return rows
 
 
@@ -241,21 +257,30 @@ def _lead(case: Divergence, baseline: Generation) -> float:
 
 
 def _audited_rows(
-    method: str, parted: list[tuple[Divergence, float]], num_prompts: int, bound: float
+    method: str,
+    parted: list[tuple[Divergence, float]],
+    shortfalls: dict[str, float],
+    bound: float,
 ) -> list[dict[str, Any]]:
     common = {"method": method, "versus": AUTOREGRESSIVE, "temperature": 0.0, "bound": bound}
-    large = [_described(case, gap) for case, gap in parted if gap > bound]
+    large = [(case.prompt_id, _described(case, gap)) for case, gap in parted if not gap <= bound]
+    large += [
+        (name, f"{name} has a token {short:.3g} below the best")
+        for name, short in shortfalls.items()
+        if not short <= bound  # nor where it is no number
+    ]
     summary = {
         "quantity": "near_tie",
-        "num_prompts": num_prompts,
+        "num_prompts": len(shortfalls),
         "num_divergences": len(parted),
         "gap": max((gap for _, gap in parted), default=None),
-        "value": len(large),
-        "detail": "; ".join(large),
+        "shortfall": max(shortfalls.values()),
+        "value": len({name for name, _ in large}),
+        "detail": "; ".join(what for _, what in large),
     }
     each = [
         {"quantity": "divergence", "prompt_id": case.prompt_id, "place": case.place}
-        | {"gap": gap, "value": int(gap > bound), "detail": str(case)}
+        | {"gap": gap, "value": int(not gap <= bound), "detail": str(case)}
         for case, gap in parted
     ]
     return [common | row for row in (summary, *each)]

@@ -162,7 +162,8 @@ def _attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: heads-first tensors in, (B, N, Hq, D) out."""
-    if tree_pass is None or s_aux is not None:
+    keeps_window = sliding_window is None and getattr(module, "sliding_window", None)
+    if tree_pass is None or s_aux is not None or keeps_window:
         raise ValueError(_unsupported(type(module).__name__, "attends in a way of its own"))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     window = sliding_window or None
@@ -251,7 +252,7 @@ class Target:
         self.head = model.get_output_embeddings()
         self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self.hidden_size, self.vocab_size = self.config.hidden_size, self.head.weight.shape[0]
-        self.max_context = getattr(self.config, "max_position_embeddings", None) or 2**31
+        self.max_context = _max_context(self.config)
         self.stop_ids = torch.tensor(_stop_ids(model), dtype=torch.long, device=self.device)
         self.tap_layers = tap_layers(self.config.num_hidden_layers)
         for layer in set(self.tap_layers):
@@ -326,6 +327,7 @@ class Target:
         else:
             decoder = self.tree_decoder
             positions = tree_pass.cache.lengths[:, None] + tree.depths()
+            positions = positions.clamp_max(self.max_context - 1)  # what lies beyond is never kept
             if decoder is not self.decoder:
                 _let_sizes_vary(tree_pass, positions)
         output = decoder(
@@ -336,9 +338,12 @@ class Target:
 
 
 def _require_attention_layers(model: nn.Module, name: str) -> None:
+    """Recurrent layers keep a state that a rejected draft cannot be taken out of."""
     layers = getattr(model.get_decoder(), "layers", [])
     are_plain = [hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers]
-    if not layers or not all(are_plain):
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    is_covered = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    if not layers or not all(are_plain) or not is_covered:
         reason = f"is a {model.config.model_type} model, not a decoder of attention layers"
         raise ValueError(_unsupported(f"target {name!r}", reason))
 
@@ -352,6 +357,19 @@ def _logit_scale(config: PreTrainedConfig) -> float:
     return getattr(config, "logit_scale", None) or 1 / (
         getattr(config, "logits_scaling", None) or 1
     )
+
+
+def _max_context(config: PreTrainedConfig) -> int:
+    """How far a sequence may reach.
+
+    With longrope that is the length up to which all passes turn keys by the same frequencies:
+    beyond it one long sequence would change the scores of the others in its batch.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return min(longest, rope.get("original_max_position_embeddings") or longest)
+    return longest
 
 
 def tap_layers(num_layers: int) -> tuple[int, int, int]:
@@ -444,7 +462,38 @@ def load(
     _require_every_weight(report["missing_keys"], name)
     tokenizer = _load_tokenizer(folder)
     paper_tier.prepare(name, tokenizer)
-    return Target(model.to(device), tokenizer, name, compile)
+    model = model.to(device).eval()
+    expected = _few_scores(model)
+    target = Target(model, tokenizer, name, compile)
+    _require_scores(target, expected)
+    return target
+
+
+@torch.inference_mode()
+def _few_scores(model: nn.Module, num_tokens: int = 8) -> Tensor:
+    """(1, num_tokens, V) what the model itself makes of its first tokens."""
+    return model(torch.arange(num_tokens, device=model.device)[None], use_cache=False).logits
+
+
+def _require_scores(target: Target, expected: Tensor) -> None:
+    """Raise ValueError where a pass over a prompt and one over a tree score otherwise than the
+    model did, as where its logits are scaled in a way that is not known here.
+    """
+    num_tokens = expected.shape[1]
+    tokens = torch.arange(num_tokens, device=target.device)
+    cache, prompt = target.prefill([tokens[: num_tokens // 2].tolist()], num_tokens)
+    with torch.compiler.set_stance("force_eager"):
+        tree = target.verify(cache, DraftTree.chain(tokens[None, num_tokens // 2 :]))
+    found = torch.cat([target.logits(prompt.hidden), tree.logits], 1).float()
+    dtype = str(target.dtype).removeprefix("torch.")
+    if not found.isfinite().all():
+        raise ValueError(
+            f"target {target.name!r} has no finite logits in {dtype}; load it in bfloat16 or float32"
+        )
+    error = (found - expected.float()).norm() / expected.float().norm()
+    if error > (0.01 if target.dtype == torch.float32 else 0.1):
+        reason = f"scores {error:.0%} otherwise here than in transformers ({dtype})"
+        raise ValueError(_unsupported(f"target {target.name!r}", reason))
 
 
 def target_name(target: Target) -> str:

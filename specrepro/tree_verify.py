@@ -300,7 +300,7 @@ def verify_greedy(
         )
     if takes_kernel:
         trees = tree.tokens.contiguous(), tree.parents.contiguous()
-        return _verdict(kernel_launch.walk_greedily(*trees, choice.contiguous()))
+        return _verdict(kernel_launch.walk_greedily(*trees, choice.long().contiguous()))
     return _walk(tree, lambda nodes: choice.gather(1, nodes[:, None])[:, 0])
 
 
@@ -402,8 +402,9 @@ def _walk_by_rejection(
     nodes, num_accepted = tree.tokens.new_zeros(B), tree.tokens.new_zeros(B)
     path, emitted = torch.full_like(tree.tokens, NO_NODE), torch.full_like(tree.tokens, NO_NODE)
     path[:, 0] = 0
-    left = target_probs[:, 0].double()  # (B, V) mass of the target that no draft has taken
-    offered = None if draft_probs is None else draft_probs[:, 0].double()
+    # (B, V) mass of the target that no draft has taken; copies, since both are written to
+    left = target_probs[:, 0].to(torch.float64, copy=True)
+    offered = None if draft_probs is None else draft_probs[:, 0].to(torch.float64, copy=True)
     for child in range(1, N):
         is_tried = tree.parents[:, child] == nodes
         if not is_tried.any():
@@ -455,6 +456,9 @@ def keep_accepted(
     takes_kernel = _takes_kernel(backend, cache)
     if may_read_back(cache):
         refuse_path(verdict.path, cache_lengths, capacity_of(cache, block_table))
+        if block_table is not None:
+            num_slots = verdict.path.amax(1, keepdim=True) + 1
+            refuse_pages(block_table, cache_lengths, num_slots, cache)
     if takes_kernel:
         layers = cache.view(-1, *cache.shape[-4:])
         kernel_launch.keep(

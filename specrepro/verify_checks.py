@@ -89,8 +89,13 @@ def refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> None
         )
 
 
-def refuse_pages(block_table: Tensor, cache_lengths: Tensor, num_nodes: int, cache: Tensor) -> None:
-    """Raise ValueError where a page in use is none of the pages of `cache`."""
+def refuse_pages(
+    block_table: Tensor, cache_lengths: Tensor, num_nodes: int | Tensor, cache: Tensor
+) -> None:
+    """Raise ValueError where a page in use is none of the pages of `cache`.
+
+    `num_nodes` behind the lengths are in use, of each sequence as many or (B, 1).
+    """
     num_pages, page_size = cache.shape[-4], cache.shape[-3]
     first_slots = torch.arange(block_table.shape[1], device=block_table.device) * page_size
     is_used = first_slots < cache_lengths[:, None] + num_nodes

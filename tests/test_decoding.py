@@ -140,11 +140,36 @@ def test_an_empty_prompt_is_refused(prompts: list, target: Target) -> None:
     assert "a prompt is empty" in refused(target, prompts)
 
 
+def test_a_token_that_the_target_does_not_have_is_refused(target: Target) -> None:
+    for token in (-1, target.vocab_size):
+        message = refused(target, [[5, 6], [7, token]])
+        assert f"holds token {token}" in message and f"0 to {target.vocab_size - 1}" in message
+
+
+def test_prompts_may_be_tensors_and_arrays_of_ids(target: Target) -> None:
+    expected = decode(target, Autoregressive(), PROMPTS[0], 6).tokens
+    ids = torch.tensor(PROMPTS[0])
+    for prompt in (ids, ids.numpy(), list(ids.numpy()), tuple(PROMPTS[0])):
+        assert decode(target, Autoregressive(), prompt, 6).tokens == expected
+    for batch in (ids[None], [ids], ids.numpy()[None]):
+        assert [one.tokens for one in decode(target, Autoregressive(), batch, 6)] == [expected]
+
+
+def test_logits_that_are_no_numbers_are_refused_before_a_token_is_said(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Target.logits
+    monkeypatch.setattr(Target, "logits", lambda self, states: honest(self, states) * torch.nan)
+    message = refused(target, [[5, 6]])
+    assert "no finite logits" in message and "bfloat16 or float32" in message
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-38}, "0 (greedy) or at least 0.0001"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
         ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),

@@ -74,6 +74,15 @@ def test_what_trees_and_sequence_say_alike_is_one_node():
     assert torch.equal(twice[:, :1], once) and torch.equal(twice[:, 1:], once)
 
 
+def test_a_tree_that_is_its_root_alone_adds_nothing_whatever_its_padding():
+    alone = DraftTree(torch.tensor([[50, 0, 0]]), torch.tensor([[-1, -2, -2]]))
+    one, places = forest(
+        torch.tensor([[50, 60]]), torch.tensor([[0]]), torch.ones(1, 1).bool(), [alone]
+    )
+    assert one.tokens.tolist() == [[50, 60]]
+    assert places[0, 0, 0].tolist() == [0, UNSCORED, UNSCORED]
+
+
 def test_ancestors_that_are_climbed_are_those_of_any_tree():
     parents = random_parents(3, 70, seed=0, padding=5)
     parents[0] = torch.arange(70) - 1  # a chain

@@ -86,6 +86,20 @@ def test_shared_memory_fits_the_card(architecture: str, committed: pd.DataFrame)
     assert 0 < rows["shared_bytes"].max() <= SHARED_KILOBYTES[architecture] * 1024
 
 
+def test_what_does_not_fit_a_card_with_99_kilobytes_is_cut_smaller_there(
+    committed: pd.DataFrame,
+) -> None:
+    rows = committed[committed["kernel"] == "tree_attention_kernel"]
+    for one in rows[rows["architecture"] == "sm_80"].itertuples():
+        itemsize = 4 if one.dtype == "fp32" else 2
+        tiles = [
+            kernel_launch.choose_tiles(64, int(one.head_size), itemsize, architecture)
+            for architecture in (80, 86, 89, 120)
+        ]
+        fits = one.shared_bytes <= 99 * 1024
+        assert all((small.stages < tiles[0].stages) is not fits for small in tiles[1:])
+
+
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 4096, 4097, 40_000])
 def test_splits_of_a_prefix_cover_it_whatever_the_tree(length: int) -> None:
     plans = [kernel_launch.plan(1, nodes, 32, 8, 128, 50_000, 2) for nodes in (1, 60)]

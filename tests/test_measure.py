@@ -537,11 +537,35 @@ def test_half_precision_excuses_near_ties_and_nothing_else(tiny_target_folder, m
     )
     summary = strict[strict["quantity"] == "near_tie"].iloc[0]
     each = strict[strict["quantity"] == "divergence"]
-    assert summary["value"] == (each["gap"] > 0).sum() > 0 and summary["gap"] == each["gap"].max()
-    assert summary["num_divergences"] == len(each) == len(QUESTIONS)
+    assert (each["gap"] > 0).all() and summary["gap"] == each["gap"].max()
+    assert summary["value"] == summary["num_divergences"] == len(each) == len(QUESTIONS)
     assert lenient[lenient["quantity"] == "near_tie"]["value"].item() == 0
     base = decode(half, Autoregressive(), QUESTIONS[0][1], 8, record_gaps=True)
     assert each.iloc[0]["gap"] == base.gaps[each.iloc[0]["place"].astype(int)]
+
+
+def test_a_tie_excuses_the_two_that_are_tied_and_no_third_token(
+    tiny_target_folder, monkeypatch
+) -> None:
+    half = target_model.load(str(tiny_target_folder()), dtype="bfloat16")
+    baseline = decode(half, Autoregressive(), QUESTIONS[0][1], 8, record_gaps=True)
+    bound = max(baseline.gaps)  # as if every place were a tie
+
+    def least(logits: Tensor) -> Tensor:
+        return logits.float().argmin(-1)
+
+    class Worst(Chain):
+        def judge(self, tree: DraftTree, scores: object, *_: object) -> Verdict:
+            return decoding.verify_greedy(tree, least(scores.logits))
+
+    audited = losslessness.losslessness(
+        half, {"worst": Worst(half), "honest": Chain(half, 1)}, QUESTIONS[:1],
+        prompts="chat", max_new_tokens=8, bound=bound,
+    )  # fmt: skip
+    found = audited[audited["quantity"] == "near_tie"].set_index("method")
+    assert found.loc["worst", "shortfall"] > bound >= found.loc["worst", "gap"]
+    assert found.loc["worst", "value"] == 1 and "below the best" in found.loc["worst", "detail"]
+    assert found.loc["honest", "value"] == 0 and found.loc["honest", "shortfall"] <= 0.5
 
 
 def test_rows_carry_the_fixed_columns_and_where_they_come_from(target, tmp_path) -> None:

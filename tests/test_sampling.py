@@ -360,6 +360,19 @@ def two_tokens(verdict: Verdict, second_level: Tensor, seed: int) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("mode", SAMPLING_MODES)
+def test_float64_is_read_and_never_written_to(mode: str) -> None:
+    tree, arguments, one, two = sampled_batch(mode, 20_000, [-1, 0, 0, 1, 1, 2], seed=4)
+    names = [name for name in ("target_probs", "draft_probs") if arguments.get(name) is not None]
+    arguments |= {name: arguments[name].double() for name in names}
+    before = {name: arguments[name].clone() for name in names}
+    narrow = {name: arguments[name].float() for name in names}
+    expected = verify_sample(tree, **(arguments | narrow), backend="torch")
+    found = verify_sample(tree, **arguments, backend="torch")
+    assert all(torch.equal(arguments[name], before[name]) for name in names)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.path, expected.path)
+
+
+@pytest.mark.parametrize("mode", SAMPLING_MODES)
 def test_many_draws_of_two_tokens_follow_the_target(mode: str) -> None:
     tree, arguments, one, two = sampled_batch(mode, 60_000, [-1, 0, 0, 1, 1, 2], seed=1)
     verdict = verify_sample(tree, **arguments, backend="torch")

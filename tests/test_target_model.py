@@ -337,6 +337,62 @@ def test_what_is_not_a_causal_decoder_is_refused(
     assert "choose a causal language model" in message
 
 
+HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("falcon_h1", HYBRID | {"mamba_d_ssm": 64}),
+        ("granitemoehybrid", HYBRID | {"layer_types": ["mamba", "attention"] * 2}),
+        ("minimax", {"layer_types": ["full_attention", "linear_attention"] * 2}),
+    ],
+)
+def test_recurrent_layers_are_refused_even_beside_attention(family: str, options: dict) -> None:
+    config = AutoConfig.for_model(family, **SMALL | options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"is a {family} model, not a decoder of attention layers"):
+        Target(model, None, "tiny")
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
+    options = SMALL | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 4}
+    config = AutoConfig.for_model("qwen2_moe", **options, num_experts=2, moe_intermediate_size=16)
+    target = Target(AutoModelForCausalLM.from_config(config).float(), None, "tiny")
+    with pytest.raises(ValueError, match="Qwen2MoeAttention attends in a way of its own"):
+        target.prefill([[5, 6]], capacity=4)
+
+
+def test_a_model_that_scales_its_logits_otherwise_is_refused(
+    tiny_target_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Target.final_logits
+    monkeypatch.setattr(Target, "final_logits", lambda self, x: 2 * honest(self, x))
+    message = refusal(tiny_target_folder(), dtype="float32")
+    assert "scores 100% otherwise here than in transformers (float32)" in message
+
+
+def test_a_tree_pass_that_scores_otherwise_is_refused(
+    tiny_target_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftTree, "depths", lambda tree: torch.zeros_like(tree.tokens))
+    assert "otherwise here than in transformers" in refusal(tiny_target_folder(), dtype="float32")
+
+
+def test_longrope_ends_where_its_frequencies_change() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    model = plain_model("llama", rope_parameters=rope | factors)
+    target = wrapped(model)
+    assert target.max_context == 16
+    prompt = random_prompts((14,))[0]
+    cache, _ = target.prefill([prompt], 20)
+    tree = DraftTree.chain(torch.tensor([[5, 6, 7, 8]]))  # reaches behind the end
+    found = target.verify(cache, tree).logits[0]
+    assert_near(found[:2], plain_logits(model, [*prompt, 5, 6])[-2:])
+
+
 def test_attention_sinks_are_refused_rather_than_forgotten() -> None:
     config = AutoConfig.for_model("gpt_oss", **SMALL, num_local_experts=2, num_experts_per_tok=1)
     target = Target(AutoModelForCausalLM.from_config(config).float(), None, "tiny")

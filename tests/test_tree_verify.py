@@ -147,6 +147,26 @@ def test_kept_slots_are_found_through_scattered_pages_and_head_first_memory(back
     assert torch.equal(heads_first, plain)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page", [-1, 30])
+def test_a_page_that_is_not_there_is_refused_before_anything_is_moved(
+    page: int, backend: str
+) -> None:
+    tree, choice = random_trees(3, 20, agreement=0.95, seed=2)
+    verdict = verify_greedy(tree, choice, backend=backend)
+    table = torch.randperm(30).view(3, 10).int()
+    table[1, 3] = page
+    pages = torch.randn(2, 30, 4, 2, 5)
+    before = pages.clone()
+    with pytest.raises(ValueError, match=f"page 3 of sequence 1 is {page}"):
+        lengths = torch.tensor([6, 13, 0])
+        keep_accepted(pages, verdict, lengths, block_table=table, backend=backend)
+    assert torch.equal(pages, before)
+    table[:, 9] = page  # where nothing is read, a table may hold anything
+    table[1, 3] = 0
+    keep_accepted(pages, verdict, lengths, block_table=table, backend=backend)
+
+
 MALFORMED = [
     ([[-1, 1]], "a parent must come before its child"),
     ([[-1, 2, 1]], "a parent must come before its child"),
