@@ -37,6 +37,7 @@ from specrepro import (
     measure,
     paper_tier,
     prompts,
+    provenance,
     rows,
 )
 from specrepro import target_model as targets
@@ -126,7 +127,8 @@ class Run:
         require_writable(self.folder)
 
     def depends_on(self, resume: bool = False, **what: object) -> None:
-        """Say what the records depend on besides the run's own settings: checkpoint, tree.
+        """Say what the records depend on besides the machine and the run's own settings:
+        checkpoint, tree.
 
         Goes on with records of the same configuration and sets others aside; with `resume` it
         raises a ValueError that shows what changed.
@@ -139,7 +141,7 @@ class Run:
             "max_new_tokens": self.max_new_tokens,
             "repeats": self.tier.repeats,
             "seed": self.seed,
-        }
+        } | provenance.machine()
         if self.prompts_dir:
             self.identity["prompts_dir"] = self.prompts_dir
         self.identity |= json.loads(json.dumps(what))

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from specrepro import provenance
 from specrepro.decoding import Autoregressive, Clock, Drafter, Generation, Sampling, decode
 from specrepro.draft_tree import DraftTree
 from specrepro.packed_linear import unpacked
@@ -66,6 +67,8 @@ class Record:
     target: str
     dtype: str
     load: float | None = None  # the machine's load average over the last minute
+    commit: str = ""  # of the code that decoded
+    when: str = ""
     new_tokens: int | None = None
     tokens: list[int] = field(default_factory=list)
     seconds: float | None = None  # prefill included
@@ -321,6 +324,7 @@ def fill(record: Record, generation: Generation, share: float = 1.0) -> None:
     parts = generation.seconds_by_part
     record.seconds_by_part = {part: seconds * share for part, seconds in parts.items()}
     record.load = os.getloadavg()[0]
+    record.commit, record.when = provenance.commit(), provenance.now()
 
 
 def with_progress(left: list[Any], held: Mapping[Any, Record], title: str) -> Iterator[Any]:

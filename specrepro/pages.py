@@ -295,6 +295,11 @@ def _measured_cell(row: Mapping[str, object], name: str, unit: str) -> str:
     return f"{row[name]:.2f}{unit}{ends}"
 
 
+def _short(commit: str) -> str:
+    """Of one commit, or of several that a run was interrupted between, what tells them apart."""
+    return " and ".join(one[:12] for one in commit.split(" and "))
+
+
 def _provenance(decoded: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     one = decoded.iloc[0]
     is_of_it = one["tier"] == manifest.get("tier")
@@ -304,5 +309,5 @@ def _provenance(decoded: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     return (
         f"\nTier `{one['tier']}`, target {one['target']}, {one['dtype']} on {one['device']}"
         f" ({one['threads']:g} threads),{limit} {how}, torch {one['torch']},"
-        f" {str(one['when'])[:10]}, commit {str(one['commit'])[:12]}.\n"
+        f" {str(one['when'])[:10]}, commit {_short(str(one['commit']))}.\n"
     )

@@ -19,24 +19,19 @@ lacks one of the sets has none. Functions return bare rows; `stamp` adds where t
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
+from specrepro import provenance
 from specrepro.measure import AUTOREGRESSIVE, Record, dtype_name, target_name
 from specrepro.target_model import Target
 
@@ -90,48 +85,11 @@ def environment(target: Target) -> dict[str, Any]:
     """Where a measurement was made: the columns that every row of it carries."""
     return {
         "target": target_name(target),
-        "device": _device_name(target.device),
-        "threads": torch.get_num_threads(),
         "dtype": dtype_name(target),
-        **{name: _version(name) for name in ("torch", "transformers", "triton")},
-        "commit": _commit(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance.machine(target.device),
+        "commit": provenance.commit(),
+        "when": provenance.now(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    """The commit this code is of, with "+changes" where files differ; empty outside its history."""
-    if not _git("ls-files", Path(__file__).name):
-        return ""
-    # figures are what a run writes, so they do not make its code another
-    changes = _git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude,top)figures")
-    return (_git("rev-parse", "HEAD") or "") + ("+changes" if changes else "")
-
-
-def _git(*arguments: str) -> str:
-    """What git says about this folder; nothing where there is no git or no repository."""
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def stamp(
@@ -163,9 +121,20 @@ def rows_of(
     source: str = MEASURED_NOW,
     paper: str | None = None,
 ) -> pd.DataFrame:
-    """Every decode row of the records, the means, and a row of quantity "failed" per failure."""
+    """Every decode row of the records, the means, and a row of quantity "failed" per failure.
+
+    They are of the code that decoded, whatever code adds them up.
+    """
     rows = _decode_rows(_lines(records)) + [_failed_row(r) for r in records if r.error is not None]
-    return stamp(pd.DataFrame(rows), environment, tier, source, paper)
+    return stamp(pd.DataFrame(rows), environment | _decoded_by(records), tier, source, paper)
+
+
+def _decoded_by(records: Sequence[Record]) -> dict[str, str]:
+    """The commit of the records and when the last was taken; all commits where they are several."""
+    if not (made := {record.when: record.commit for record in records if record.when}):
+        return {}
+    commits = list(dict.fromkeys(made[when] for when in sorted(made)))
+    return {"commit": " and ".join(commits), "when": max(made)}
 
 
 def _failed_row(record: Record) -> dict[str, Any]:

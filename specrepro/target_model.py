@@ -488,7 +488,8 @@ def _require_scores(target: Target, expected: Tensor) -> None:
     dtype = str(target.dtype).removeprefix("torch.")
     if not found.isfinite().all():
         raise ValueError(
-            f"target {target.name!r} has no finite logits in {dtype}; load it in bfloat16 or float32"
+            f"target {target.name!r} has no finite logits in {dtype}; load it in bfloat16 or"
+            " float32"
         )
     error = (found - expected.float()).norm() / expected.float().norm()
     if error > (0.01 if target.dtype == torch.float32 else 0.1):

@@ -15,8 +15,8 @@ Departs from the paper:
 - every method answers with its own words, as there, but all draw alike: of one seed the answers are
   the same, unless rounding turns a near tie;
 - the budget falls on the same token whatever was drafted; the reference looks between rounds;
-- SpS drafts a chain of a fixed length: that of its checkpoint, or `ASSISTED` of a model from the Hub
-  (the reference leaves it to transformers' assisted generation, which may stop earlier);
+- SpS drafts a chain of a fixed length, that of its checkpoint, or `ASSISTED` of a model from the
+  Hub, where the reference leaves it to transformers' assisted generation, which may stop earlier;
 - Suffix[EAGLE-3] and SuffixDecoding are not among the paper's methods.
 
 `replay` tells from recorded answers, in seconds, what another drafter, threshold or an oracle would

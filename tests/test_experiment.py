@@ -86,6 +86,19 @@ def test_another_checkpoint_sets_the_records_aside_or_refuses_to_resume(tiny_run
     assert aside == ["a record\n"], "records of another configuration must be kept"
 
 
+def test_records_of_another_machine_are_no_start_for_a_run_on_this_one(tiny_run, monkeypatch):
+    tiny_run.depends_on(checkpoint="one")
+    (tiny_run.records / "decoded.jsonl").write_text("a record\n")
+    here = experiment.provenance.machine()
+    other = here | {"threads": here["threads"] + 1}
+    monkeypatch.setattr(experiment.provenance, "machine", lambda: other)
+    message = f"threads was {here['threads']} and is {other['threads']}"
+    with pytest.raises(ValueError, match=message):
+        tiny_run.depends_on(resume=True, checkpoint="one")
+    tiny_run.depends_on(checkpoint="one")
+    assert not (tiny_run.records / "decoded.jsonl").exists()
+
+
 def test_a_run_replaces_the_rows_of_its_own_tier_alone(tmp_path):
     path = tmp_path / "results.csv"
     experiment.replace_rows(path, pd.DataFrame({"tier": ["full"], "tau": [3.0]}), "full")

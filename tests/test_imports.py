@@ -55,8 +55,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "checkpoints", "corpus", "decoding", "draft_training", "packed_linear", "prompts",
         "target_model", "training_cards",
     },
-    "measure": {"decoding", "target_model", "draft_tree", "packed_linear"},
-    "rows": {"measure", "target_model"},
+    "provenance": set(),
+    "measure": {"provenance", "decoding", "target_model", "draft_tree", "packed_linear"},
+    "rows": {"provenance", "measure", "target_model"},
     "losslessness": {"measure", "decoding", "target_model", "draft_tree", "tree_verify"},
     "kernel_timings": {
         "kernel_launch", "tree_verify", "draft_tree", "target_model", "decoding", "measure",
@@ -65,7 +66,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "paper_tier": {"assets", "checkpoints", "prompts"},
     "experiment": {
         "paper_tier",
-        "measure", "rows", "losslessness", "claims", "prompts", "corpus", "decoding",
+        "provenance", "measure", "rows", "losslessness", "claims", "prompts", "corpus", "decoding",
         "target_model", "figures", "assets", "checkpoints",
     },
     "pages": {"experiment", "measure", "claims", "checkpoints", "prompts"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specrepro import decoding, losslessness, measure, rows, target_model
+from specrepro import decoding, losslessness, measure, provenance, rows, target_model
 from specrepro.decoding import Autoregressive, decode
 from specrepro.draft_tree import DraftTree
 from specrepro.measure import AUTOREGRESSIVE, GENERATE, Record, compare, read_records
@@ -578,9 +578,24 @@ def test_rows_carry_the_fixed_columns_and_where_they_come_from(target, tmp_path)
     json.dumps(here)
 
 
+def test_rows_are_of_the_code_that_decoded_whatever_code_adds_them_up(
+    target, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(provenance, "commit", lambda: "older")
+    monkeypatch.setattr(provenance, "now", lambda: "2026-01-01T00:00:00+00:00")
+    records = run(target, tmp_path / "r.jsonl")
+    here = rows.environment(target) | {"commit": "newer", "when": "2026-02-02T00:00:00+00:00"}
+    found = rows.rows_of(read_records(tmp_path / "r.jsonl"), here, "smoke", paper="eagle3")
+    assert set(found["commit"]) == {"older"} and set(found["when"].str[:10]) == {"2026-01-01"}
+    records[-1].commit, records[-1].when = "newer", "2026-01-03T00:00:00+00:00"
+    both = rows.rows_of(records, here, "smoke", paper="eagle3")
+    assert set(both["commit"]) == {"older and newer"}
+    assert set(both["when"].str[:10]) == {"2026-01-03"}
+
+
 def test_commit_is_empty_outside_a_repository(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
-    assert rows._commit() == ""
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.commit.__wrapped__() == ""
 
 
 def test_a_machine_that_others_use_is_noted(monkeypatch) -> None:
