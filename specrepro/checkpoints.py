@@ -60,7 +60,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file atomically; the disk being full leaves the old file as it was."""
     owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with _replacing(path) as temporary:
-        save_file(owned, temporary)
+        try:
+            save_file(owned, temporary)
+        except SafetensorError as error:  # no OSError, though the disk is what fails
+            raise OSError(f"cannot write {path}: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +71,14 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as temporary:
         Path(temporary).write_text(text)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take off what an interruption left behind a file's last whole line."""
+    if path.is_file():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
 
 
 class _replacing:

@@ -32,6 +32,7 @@ from specrepro.tree_verify import Verdict
 
 COMMITTED = Path(__file__).parent.parent / "corpus" / "smollm2"
 ANSWERS = "answers.parquet"
+OWNER = "target.json"  # beside the parts: whose answers they are
 # pairs of batches alternate between them, so each of two processes has both
 TEMPERATURES = (0.0, 1.0)
 
@@ -102,6 +103,7 @@ def generate(
     Without `keep_features` training has the target compute them (`LiveFeatures`), and a sampled
     answer also depends on the others of its batch, as large batches on a GPU need it.
     """
+    _claim(folder, target)
     part = Part(folder / f"part-{rank}", target.hidden_size)
     if part.reopen() and part.has_features != keep_features:
         begun = "with" if part.has_features else "without"
@@ -124,6 +126,23 @@ def generate(
                 bar.set_postfix(tokens_per_second=round(num_tokens / (time.perf_counter() - began)))
             bar.update()
     return part.folder
+
+
+def _claim(folder: Path, target: Target) -> None:
+    """Note whose answers and features a folder holds; raise ValueError where it is another's."""
+    _refuse_another(folder, target)
+    named = {"target": target_model.target_name(target), "weights": target.fingerprint}
+    checkpoints.write_text(folder / OWNER, json.dumps(named) + "\n")
+
+
+def _refuse_another(folder: Path, target: Target) -> None:
+    path = folder / OWNER
+    theirs = json.loads(path.read_text()) if path.is_file() else {"weights": target.fingerprint}
+    if theirs["weights"] != target.fingerprint:
+        raise ValueError(
+            f"{folder} holds answers of {theirs['target']}, whose weights are not those of"
+            f" {target.name}; name another folder, or remove it"
+        )
 
 
 def _key(prompt_id: str, temperature: float, seed: int) -> tuple[str, int | None]:
@@ -245,14 +264,17 @@ class Part:
 
     def reopen(self) -> list[Answer]:
         """The whole answers there are; what an interruption left unfinished is cut off."""
-        whole = self.answers_path.read_bytes() if self.answers_path.exists() else b""
-        _cut(self.answers_path, whole.rfind(b"\n") + 1)
+        checkpoints.cut_torn_line(self.answers_path)
         answers = self.answers()
+        num_tokens = sum(answer.num_tokens for answer in answers)
         for name, (width, dtype) in self.columns.items() if self.has_features else ():
-            _cut(
-                self.folder / name,
-                sum(a.num_tokens for a in answers) * width * np.dtype(dtype).itemsize,
-            )
+            path, size = self.folder / name, num_tokens * width * np.dtype(dtype).itemsize
+            if path.stat().st_size < size:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes and its answers want {size}: it was"
+                    f" not copied or written whole; copy it again, or remove {self.folder}"
+                )
+            _cut(path, size)
         return answers
 
     @property
@@ -464,6 +486,7 @@ def features_in(folder: Path, target: Target, max_sequences: int | None = None) 
     """
     if has_answers(folder):
         return LiveFeatures(target, load(folder).first(max_sequences).answers)
+    _refuse_another(folder, target)
     if has_features(folder):
         return FeatureCache(folder, target.hidden_size, max_sequences)
     if not (answers := _all_answers(folder)):
@@ -547,8 +570,10 @@ def recompute(
 
     Goes on where it stopped. Of several processes each takes answers of its own.
     """
+    _claim(folder, target)
     part = Part(folder / f"part-{rank}", target.hidden_size)
-    part.reopen()
+    if part.reopen() and not part.has_features:
+        raise ValueError(f"{folder} was begun without features; go on alike or name another folder")
     done = {_key(a.prompt_id, a.temperature, a.seed) for a in _all_answers(folder)}
     _check_room(folder, sum(answer.num_tokens for answer in answers) * (8 * target.hidden_size + 4))
     ids = prompt_ids(target.tokenizer, answers)

@@ -30,7 +30,10 @@ STATE, BEST, LOG = "training_state.safetensors", "best.safetensors", "log.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    """Optimisation; defaults are EAGLE-3's (section 4 and its released trainer)."""
+    """Optimisation; rate, betas and clipping are EAGLE-3's (section 4), warm-up and cosine ours.
+
+    The released trainer warms up for 12,000 of 800,000 steps and goes down in a straight line.
+    """
 
     learning_rate: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.95)
@@ -114,6 +117,12 @@ def _step(
     norm = nn.utils.clip_grad_norm_(
         [p for p in module.parameters() if p.requires_grad], config.clip
     )
+    if not norm.isfinite():  # an average, so every process stops here
+        raise ValueError(
+            f"training diverged: at step {step} the loss is {loss.item():.3g} and the gradient norm"
+            f" {norm.item()}. What was saved before is whole; choose a lower learning rate, or"
+            " bfloat16 or float32 where the target is in float16"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean_over_processes({"loss": loss.item(), "gradient_norm": norm.item()} | metrics)
@@ -333,7 +342,7 @@ class _Run:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 if f"optimizer.step.{name}" in tensors:
                     self.optimizer.state[p] = {
-                        key: tensors[f"optimizer.{key}.{name}"] for key in keys
+                        key: tensors[f"optimizer.{key}.{name}"].to(p.device) for key in keys
                     }
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

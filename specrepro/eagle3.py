@@ -11,6 +11,8 @@ Departs from the paper:
   absorb it;
 - the head of Table 2's second row, which reads the final state alone, keeps a linear layer before
   the decoder layer, H -> H instead of 3H -> H;
+- learning rates go down in a cosine, and training prompts and answers have at most 256 tokens each,
+  of ShareGPT and the target's own (paper: of 2048, and UltraChat too);
 - the loss mask is aligned with the row that decoding starts from (`reference_mask=True` restores
   the released trainer's).
 """
@@ -111,6 +113,10 @@ class TrainingConfig:
     step_decay: float = 0.8  # weight of step j is 0.8 ** j (released trainer)
     reference_mask: bool = False  # the released trainer's, which misses the first answer row
     lm_head_init: str = "random"  # or "target": start from the target's own head
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.step_decay >= 0:
+            raise ValueError(f"training wants steps >= 1 and step_decay >= 0, not {self}")
 
 
 # --- the equations
@@ -631,7 +637,7 @@ def drafters(
 
     def chain(target: Target) -> Drafter:
         head, own = load_head(checkpoint)
-        return Drafter(head, target, chain_like(own))
+        return Drafter(head, target, chain_like(replace(own, **changed)))
 
     return {"EAGLE-3": dynamic, "EAGLE-3 chain": chain}
 

@@ -152,8 +152,11 @@ class Workshop:
             "epochs": self._epochs(variant, features),
             "method": json.loads(json.dumps(asdict(method))),
         }
-        card = self.card(variant)
-        there = {"corpus": card["corpus"]} | card["recipe"]
+        card, loop = self.card(variant), asdict(Recipe.of(variant.method, self.target).loop)
+        own = ("total_steps", "evaluate_every", "keeps_last", "save_seconds")  # each variant's
+        wanted |= {name: value for name, value in loop.items() if name not in own}
+        wanted["betas"] = list(wanted["betas"])
+        there = {"corpus": card["corpus"]} | card["recipe"] | card["recipe"]["loop"]
         if wrong := [name for name, value in wanted.items() if there[name] != value]:
             raise ValueError(
                 f"{self.folder(variant)} was trained with another {' and '.join(wrong)}; choose"

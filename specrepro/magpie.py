@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from specrepro import commands, prompts, target_model
+from specrepro import checkpoints, commands, prompts, target_model
 from specrepro.decoding import Autoregressive, decode
 from specrepro.target_model import Target
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     target = target_model.load(options.target)
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    size, first = options.batch_size, _next_batch(options.file, options.seed, options.batch_size)
+    size, first = options.batch_size, _next_number(options.file, options.seed)
     batches = write(target, options.num_prompts, seed=options.seed, first=first, batch_size=size)
     total = -(-max(0, options.num_prompts - first) // size)
     for batch in tqdm(batches, total=total, desc="prompts", unit="batch"):
@@ -96,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.write("".join(map(prompts.to_line, batch)))
 
 
-def _next_batch(path: Path, seed: int, batch_size: int) -> int:
-    """The number to go on with, after the last batch that has prompts in the file."""
+def _next_number(path: Path, seed: int) -> int:
+    """The number to go on with, after the last that is in the file; a torn line is cut off."""
     if not path.exists():
         return 0
+    checkpoints.cut_torn_line(path)
     names = [one.id.split("/")[1:] for one in prompts.read(path)]
-    last = max((int(number) for own, number in names if int(own) == seed), default=-1)
-    return (last // batch_size + 1) * batch_size
+    return 1 + max((int(number) for own, number in names if int(own) == seed), default=-1)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from specrepro import provenance
+from specrepro import checkpoints, provenance
 from specrepro.decoding import Autoregressive, Clock, Drafter, Generation, Sampling, decode
 from specrepro.draft_tree import DraftTree
 from specrepro.packed_linear import unpacked
@@ -145,18 +145,10 @@ def append_record(path: str | Path, *records: Record) -> None:
     """Append records to a jsonl file in one write; a line torn by an interruption is cut off."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        _cut_torn_line(file)
+    checkpoints.cut_torn_line(path)
+    with path.open("ab") as file:
         lines = [json.dumps(asdict(record), allow_nan=False) + "\n" for record in records]
         file.write("".join(lines).encode())
-
-
-def _cut_torn_line(file: Any) -> None:
-    file.seek(0)
-    whole = file.read().rpartition(b"\n")
-    if whole[2]:
-        file.truncate(len(whole[0]) + len(whole[1]))
-    file.seek(0, os.SEEK_END)
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -94,7 +94,8 @@ def obtain_head(head: str) -> Path:
     if Path(head).is_dir():
         return Path(head)
     converted = assets.cache_dir() / "heads" / head.replace("/", "--")
-    if (converted / checkpoints.WEIGHTS).is_file():
+    parts = (checkpoints.WEIGHTS, checkpoints.CONFIG)
+    if all((converted / name).is_file() for name in parts):
         return converted
     fetched = _fetch(head)
     if (fetched / checkpoints.WEIGHTS).is_file() or not (fetched / PICKLED).is_file():

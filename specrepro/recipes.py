@@ -118,7 +118,7 @@ def train(
             return loss(batch)
 
     identity = {
-        "corpus": features.hash, "method": asdict(recipe.method),
+        "target": target.fingerprint, "corpus": features.hash, "method": asdict(recipe.method),
         "batch_tokens": recipe.batch_tokens, "processes": num_ranks, "start": _digest(start),
     }  # fmt: skip
     ahead = _Ahead(batch_at, loop.total_steps)
@@ -320,8 +320,19 @@ def with_setting(config: Any, name: str, value: object) -> Any:
     first, _, rest = name.partition(".")
     if first not in (known := [one.name for one in fields(config)]):
         raise ValueError(f"no setting {first!r}; choose {', '.join(known)}")
-    inner = with_setting(getattr(config, first), rest, value) if rest else value
+    before = getattr(config, first)
+    if not rest and before is not None and not isinstance(value, _alike(before)):
+        kind = type(before).__name__
+        raise ValueError(f"{first} is {before!r}, a {kind}, and cannot be {value!r}")
+    inner = with_setting(before, rest, value) if rest else value
     return replace(config, **{first: inner})
+
+
+def _alike(value: object) -> tuple[type, ...] | type:
+    """What may take the place of a setting's value."""
+    if isinstance(value, bool):
+        return bool
+    return (int, float) if isinstance(value, float) else type(value)
 
 
 def load_sharded(name: str, dtype: str = "auto") -> Target:
@@ -337,6 +348,7 @@ def load_sharded(name: str, dtype: str = "auto") -> Target:
     if torch.cuda.is_available():  # named, since other threads of this process have device 0
         device = torch.device("cuda", torch.cuda.current_device())
     target = load_target(name, choose_dtype(dtype, device.type), "cpu")
+    assert target.fingerprint, "taken while its weights are whole"
     unpack(target.model)  # copies of the weights, which would stay whole
     draft_training.shard(target.decoder.layers, device.type)
     target.model.to(device)
@@ -356,6 +368,14 @@ def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE of the command line, the value as YAML reads it."""
+    name, is_there, value = text.partition("=")
+    if not (name and is_there and value):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    return name, yaml.safe_load(value)
 
 
 def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
@@ -386,7 +406,7 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, help="of each process; 0 leaves it to torch"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of the method, such as training.steps=1")  # fmt: skip
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
@@ -394,9 +414,7 @@ def main(method: type[Method], arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     draft_training.join_processes()
     target = (load_sharded if options.shard_target else load_target)(options.target)
-    settings = (setting.partition("=") for setting in options.set)
-    settings = {name: yaml.safe_load(value) for name, _, value in settings}
-    recipe = changed(Recipe.of(method, target), settings)
+    recipe = changed(Recipe.of(method, target), dict(options.set))
     rate = options.learning_rate or recipe.loop.learning_rate
     recipe = replace(
         recipe,

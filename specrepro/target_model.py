@@ -10,8 +10,10 @@ keep a recurrent state instead of keys.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -258,6 +260,16 @@ class Target:
         for layer in set(self.tap_layers):
             _tap(self.decoder.layers[layer], layer)
         pack(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells its weights from those of another target: a hash of some numbers of each."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            few = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            digest.update(f"{name} {tuple(weight.shape)} ".encode())
+            digest.update(few.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of at most `capacity` tokens, drafts included."""

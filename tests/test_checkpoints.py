@@ -18,6 +18,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -58,7 +59,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
     def fill_the_disk(tensors: dict[str, Tensor], path: str) -> None:
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # no OSError
 
     monkeypatch.setattr(checkpoints, "save_file", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):

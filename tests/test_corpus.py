@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specrepro import corpus, draft_training, prompts, target_model
-from specrepro.corpus import Answer, Corpus, FeatureCache, shuffled_batches
+from specrepro.corpus import Answer, Corpus, FeatureCache, Part, shuffled_batches
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.target_model import Target
 
@@ -422,6 +426,44 @@ def test_features_that_are_not_there_are_a_clear_error(target, tmp_path):
         FeatureCache(tmp_path, target.hidden_size)
     with pytest.raises(ValueError, match=f"python -m specrepro.corpus {tmp_path}"):
         corpus.pack(tmp_path, tmp_path / "packed", {})
+
+
+def test_answers_of_other_weights_under_the_same_name_are_refused(target, whole, tmp_path):
+    """A model that was tuned again in its folder, or another with the same last name."""
+    questions = list(itertools.islice(prompts.training_prompts(), 2))
+    corpus.generate(target, questions, tmp_path, max_new_tokens=4)
+    tuned = copy.deepcopy(target)
+    del tuned.__dict__["fingerprint"]
+    with torch.no_grad():
+        next(tuned.model.parameters()).mul_(1.01)
+    assert tuned.fingerprint != target.fingerprint
+    for call in (
+        lambda: corpus.generate(tuned, questions, tmp_path, max_new_tokens=4),
+        lambda: corpus.recompute(tuned, [], tmp_path),
+        lambda: corpus.features_in(tmp_path, tuned),
+    ):
+        with pytest.raises(ValueError, match="whose weights are not those of"):
+            call()
+    assert len(corpus.features_in(tmp_path, target)) == 2
+
+
+def test_a_part_that_was_not_copied_whole_is_refused_and_not_filled_with_zeros(
+    target, whole, tmp_path
+):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    column = folder / "part-0" / "hidden"
+    os.truncate(column, column.stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{column} has .* bytes and its answers want"):
+        Part(folder / "part-0", target.hidden_size).reopen()
+    assert column.stat().st_size > 0
+
+
+def test_features_are_not_added_to_a_part_that_has_none(target, whole, tmp_path):
+    questions = list(itertools.islice(prompts.training_prompts(), 2))
+    corpus.generate(target, questions, tmp_path, max_new_tokens=4, keep_features=False)
+    answers = corpus.features_in(whole, target).answers
+    with pytest.raises(ValueError, match="begun without features"):
+        corpus.recompute(target, answers, tmp_path)
 
 
 def test_a_changed_chat_template_is_refused(target, whole, monkeypatch):

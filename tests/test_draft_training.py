@@ -183,6 +183,17 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert steps_of(tmp_path) == list(range(9))
 
 
+def test_training_that_diverges_stops_and_keeps_what_was_saved(tmp_path, ticking):
+    def poisoned(step: int) -> Tensor:
+        return batch_of(step) * (torch.inf if step == 7 else 1)
+
+    with pytest.raises(ValueError, match="diverged: at step 7 .* lower learning rate"):
+        run(tmp_path, batch_at=poisoned)
+    saved = checkpoints.load_tensors(tmp_path / "training_state.safetensors")
+    assert 0 < saved.pop("step") < 7 and saved.pop("best") == -math.inf, "it was never scored"
+    assert all(x.isfinite().all() for x in saved.values())
+
+
 def test_changed_setting_refuses_to_resume_and_is_named(tmp_path):
     run(tmp_path, identity={"corpus": "abc", "betas": (1, 2)})
     with pytest.raises(ValueError, match=r"loop\.learning_rate was 0\.05 and is 0\.1") as refused:

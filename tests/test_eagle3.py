@@ -507,6 +507,27 @@ def test_the_command_line_sets_what_an_ablation_changes(monkeypatch, target):
         recipes.main(eagle3.Eagle3, ["corpus", "out", "--set", "training.step=1"])
 
 
+@pytest.mark.parametrize("setting", ["training.reference_mask", "features", "=3", "tree.depth="])
+def test_a_setting_without_a_value_is_no_default(setting, capsys):
+    with pytest.raises(SystemExit):
+        recipes.main(eagle3.Eagle3, ["corpus", "out", "--set", setting])
+    assert f"{setting} is not NAME=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("training.reference_mask", "off-by-one", "is False, a bool, and cannot be 'off-by-one'"),
+        ("training.steps", 0, "steps >= 1"),
+        ("training.steps", "two", "is 5, a int, and cannot be 'two'"),
+        ("tree.depth", None, "cannot be None"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.with_setting(eagle3.Eagle3(), name, value)
+
+
 def test_ablations_are_settings_of_the_method(target):
     answers = [corpus.Answer("a", 3, 0.0, 0, [50, 60, 70])]
     final = eagle3.Eagle3(draft_vocab_size=3, features="final")
@@ -868,4 +889,6 @@ def test_loaders_draft_a_tree_and_a_chain_of_the_same_head(target, tmp_path):
     loaders = eagle3.drafters(tmp_path, depth=3, total_tokens=0)
     assert loaders["EAGLE-3"](target).tree == TreeConfig(3, 5, 11)
     assert loaders["EAGLE-3 chain"](target).tree == TreeConfig(4, 1, 6), "deep enough for n-alpha"
+    deeper = eagle3.drafters(tmp_path, depth=6)["EAGLE-3 chain"](target)
+    assert deeper.tree == TreeConfig(6, 1, 8), "as deep as the trees beside it"
     assert eagle3.DRAFTERS.keys() == loaders.keys()

@@ -35,7 +35,7 @@ from specrepro.eagle3_lab import Lab, Plan
 from specrepro.eagle3_variants import ABLATION, VARIANTS, Budget, Workshop
 from specrepro.measure import AUTOREGRESSIVE
 from specrepro.medusa import Medusa
-from specrepro.target_model import EMBEDDED
+from specrepro.target_model import EMBEDDED, Target
 
 METHODS = {
     Eagle3: replace(RECIPE.method, training=TrainingConfig(steps=3)),
@@ -153,6 +153,20 @@ def test_what_is_trained_is_left_alone_and_another_budget_is_refused(workshop, a
     other = replace(workshop, budget=replace(BUDGET, share=0.5))
     with pytest.raises(ValueError, match="another corpus and epochs"):
         other.train(VARIANTS["eagle3"], answers)
+
+
+def test_a_head_that_was_trained_at_another_rate_is_not_trained_alike(
+    workshop, answers, monkeypatch
+):
+    honest = recipes.Recipe.of
+
+    def faster(method: type[recipes.Method], target: Target) -> recipes.Recipe:
+        recipe = honest(method, target)
+        return replace(recipe, loop=replace(recipe.loop, learning_rate=3e-3, clip=9.0))
+
+    monkeypatch.setattr(recipes.Recipe, "of", faster)
+    with pytest.raises(ValueError, match="trained with another learning_rate and clip"):
+        workshop.train(VARIANTS["eagle3"], answers)
 
 
 def test_a_killed_variant_goes_on_and_ends_as_one_that_was_not(

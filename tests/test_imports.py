@@ -44,7 +44,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "prompts": {"assets"},
     "decoding": {"tree_verify", "target_model", "draft_tree", "races"},
-    "magpie": {"decoding", "target_model", "prompts"},
+    "magpie": {"decoding", "target_model", "prompts", "checkpoints"},
     "corpus": {
         "decoding", "target_model", "tree_verify", "prompts", "assets", "checkpoints",
         "draft_training",
@@ -56,7 +56,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "target_model", "training_cards",
     },
     "provenance": set(),
-    "measure": {"provenance", "decoding", "target_model", "draft_tree", "packed_linear"},
+    "measure": {
+        "provenance", "checkpoints", "decoding", "target_model", "draft_tree", "packed_linear",
+    },
     "rows": {"provenance", "measure", "target_model"},
     "losslessness": {"measure", "decoding", "target_model", "draft_tree", "tree_verify"},
     "kernel_timings": {

@@ -69,6 +69,19 @@ def test_a_second_call_goes_on_after_the_last_batch_kept(talkative, tmp_path, mo
     assert (tmp_path / "parts").read_text() == (tmp_path / "whole").read_text() != ""
 
 
+def test_what_an_interruption_tore_is_written_again_whatever_the_batch_size(
+    talkative, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(target_model, "load", lambda name: talkative)
+    run = ["--num-prompts", "16", "--seed", "3", "--batch-size"]
+    magpie.main([str(tmp_path / "whole"), *run, "4"])
+    lines = (tmp_path / "whole").read_text().splitlines(keepends=True)
+    torn = tmp_path / "torn"
+    torn.write_text("".join(lines[:-1]) + lines[-1][:9])
+    magpie.main([str(torn), *run, "5"])
+    assert torn.read_text() == (tmp_path / "whole").read_text()
+
+
 def test_what_was_written_is_read_in_a_fair_order_and_never_an_evaluation_prompt(
     tmp_path, monkeypatch
 ):

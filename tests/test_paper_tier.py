@@ -355,6 +355,8 @@ def test_a_head_is_fetched_and_converted_once(stand_ins, monkeypatch):
     one = PUBLISHED["Llama-3.1-8B-Instruct"]
     stand_ins(one)
     folder = paper_tier.obtain_head(one.head)
+    (folder / "config.json").unlink()  # as where the first conversion was stopped half-way
+    assert paper_tier.obtain_head(one.head) == folder
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("again"))
     assert paper_tier.obtain_head(one.head) == folder
     head, tree = eagle3.load_head(folder)
