@@ -219,6 +219,7 @@ class Shape:
         if self.config.utility == "net_gain":
             return net_gain(confidence, self._decay(confidence), self._price())
         m = self._num_verified
+        # the best so far, these candidates too, against children as sure as the candidates are
         pool = scores.new_zeros(len(scores), m) if self._pool is None else self._pool
         self._pool = torch.cat([pool, scores.exp()], 1).topk(m, 1).values
         return pool_gain(confidence, pool)

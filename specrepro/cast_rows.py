@@ -3,7 +3,7 @@
 Costs; what was timed while decoding; what was replayed under cost tables: every batch size, machine
 and modelled card, growing trees, ablation, sensitivity, choices; how well confidences foretell.
 Bare rows; a `Run` stamps where they come from. Intervals are 95 %, by bootstrap over what was
-decoded together, or over whole texts; a text said again to fill a batch makes them too narrow.
+decoded together, or over whole texts; `num_prompts` counts texts, said again or not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from specrepro import cast, replay, rows
-from specrepro.cast_lab import ALL, BEST, BY_HAND, CAST, DEFAULT, NET, Lab, of_one_set
+from specrepro.cast_lab import ALL, BEST, BY_HAND, CAST, DEFAULT, NET, Lab, of_one_set, of_text
 from specrepro.cost_table import CostTable
 from specrepro.decoding import Drafter
 from specrepro.draft_tree import take_shape
@@ -149,16 +149,17 @@ def replays(lab: Lab) -> pd.DataFrame:
 def sweep(lab: Lab) -> pd.DataFrame:
     """Rows of quantity "replay_sweep": fixed trees of growing size, and what CAST chose.
 
-    Their depth and width are those of the best tree at that batch size on other prompts. Rows of
-    quantity "gain" set the size that was best there against the largest.
+    Their depth and width are those of the best tree at that batch size on other prompts, of the
+    shapes that can hold the largest size. Rows of quantity "gain" set the smaller size that was
+    best there against the largest: below 0 where growing still pays.
     """
     tables = [table for batch in lab.costs.batches for table in _sweep(lab, batch)]
     return pd.concat(tables, ignore_index=True)
 
 
 def _sweep(lab: Lab, batch: int) -> Iterator[pd.DataFrame]:
-    best = lab.fastest(lab.traces_to_choose_on, batch, lab.costs)
     sizes = lab.sizes(batch, lab.costs)[1:]
+    best = lab.fastest(lab.traces_to_choose_on, batch, lab.costs, room=sizes[-1])
     settings: dict[str, Any] = {
         f"{size} nodes": (replace(best, total_tokens=size), _sizes_of(best, size)) for size in sizes
     }
@@ -169,9 +170,8 @@ def _sweep(lab: Lab, batch: int) -> Iterator[pd.DataFrame]:
     yield _as_rows(lab, "replay_sweep", records, settings, lab.costs)
     names = {f"{best.total_tokens} nodes": "EAGLE-3, chosen size"}
     names |= {f"{sizes[-1]} nodes": "EAGLE-3, largest size"}
-    if len(names) == 2:
-        pair = [replace(r, method=names[r.method]) for r in records if r.method in names]
-        yield gains(pair, *names.values()).assign(costs="table", source=REPLAYED)
+    pair = [replace(r, method=names[r.method]) for r in records if r.method in names]
+    yield gains(pair, *names.values()).assign(costs="table", source=REPLAYED)
 
 
 def _sizes_of(tree: TreeConfig, size: int) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _sizes_of(tree: TreeConfig, size: int) -> dict[str, Any]:
 def ablation(lab: Lab) -> pd.DataFrame:
     """Rows of quantity "ablation": EAGLE-3's tree, each part alone, all but one, all."""
 
-    def variants(whole: cast.Config) -> Variants:
+    def variants(batch: int, whole: cast.Config) -> Variants:
         nothing = replace(whole, **dict.fromkeys(ALONE, False))
         yield DEFAULT, nothing, {}
         for part in ALONE:
@@ -191,7 +191,7 @@ def ablation(lab: Lab) -> pd.DataFrame:
             yield WITHOUT[part], replace(whole, **{part: False}), {}
         yield CAST, whole, {}
         yield "CAST, verified-set utility", replace(whole, utility="pool_gain"), {}
-        yield NET, replace(whole, utility="net_gain", strictness=1.0), {}
+        yield NET, lab.net_config(batch, lab.costs), {}
 
     return _varied(lab, "ablation", variants)
 
@@ -199,7 +199,7 @@ def ablation(lab: Lab) -> pd.DataFrame:
 def sensitivity(lab: Lab) -> pd.DataFrame:
     """Rows of quantity "sensitivity": thresholds times each factor, running and by hand."""
 
-    def variants(own: cast.Config) -> Variants:
+    def variants(_: int, own: cast.Config) -> Variants:
         kinds = {CAST: own, BY_HAND: replace(own, thresholds=cast.PAPER_THRESHOLDS)}
         for (name, config), x in product(kinds.items(), lab.plan.factors):
             yield (
@@ -211,13 +211,15 @@ def sensitivity(lab: Lab) -> pd.DataFrame:
     return _varied(lab, "sensitivity", variants)
 
 
-def _varied(lab: Lab, quantity: str, variants: Callable[[cast.Config], Variants]) -> pd.DataFrame:
+def _varied(
+    lab: Lab, quantity: str, variants: Callable[[int, cast.Config], Variants]
+) -> pd.DataFrame:
     """Rows of variants of CAST's configuration, at batch 1 and the plan's."""
     tables = []
     for batch in (1, lab.plan.batch):
         settings = {
             name: (cast.shaped(lab.costs, config), columns)
-            for name, config, columns in variants(lab.config(batch, lab.costs))
+            for name, config, columns in variants(batch, lab.config(batch, lab.costs))
         }
         records = _replays(lab, settings, lab.costs, batch)
         tables.append(_as_rows(lab, quantity, records, settings, lab.costs))
@@ -241,6 +243,7 @@ def _as_rows(
     lab: Lab, quantity: str, records: Sequence[Record], settings: Settings, costs: CostTable
 ) -> pd.DataFrame:
     found = lab.run.decode_rows(records)
+    found["num_prompts"] = len({of_text(record.prompt_id) for record in records})
     columns = [settings.get(method, (None, {}))[1] for method in found["method"]]
     extra = pd.DataFrame(columns, index=found.index)
     if "method" in extra:
@@ -261,9 +264,9 @@ def choices(lab: Lab) -> pd.DataFrame:
     for batch in lab.costs.batches:
         watched = _watched(lab, batch)
         rounds = [now for drafter in watched for now in drafter.shape.rounds]
-        spent = 1e3 * np.concatenate([drafter.shape.spent for drafter in watched])
-        policy = {"quantity": "policy_ms", "value": spent.mean(), "num_rounds": len(spent)}
-        policy |= dict(zip(("value_low", "value_high"), _mean_interval(spent), strict=True))
+        spent = [drafter.shape.spent for drafter in watched]
+        policy = {"quantity": "policy_ms", "num_rounds": sum(map(len, spent))}
+        policy |= _mean_of_units([(1e3 * sum(one), len(one)) for one in spent])
         tables.append(choice_rows(rounds).assign(batch=batch))
         tables.append(pd.DataFrame([policy | {"batch": batch}]))
     common = {"method": CAST, "prompts": ALL, "temperature": 0.0, "machine": lab.costs.machine}
@@ -429,6 +432,14 @@ def _mean_interval(values: np.ndarray) -> tuple[float, float]:
         spread = 1.96 * values.std() / len(values) ** 0.5
         return values.mean() - spread, values.mean() + spread
     return interval(draws[:, 0] / draws[:, 1])
+
+
+def _mean_of_units(sums: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """The mean of what units sum up to, and its interval over units: what was decoded together."""
+    units = np.array(sums, float)
+    draws = bootstrap(units)
+    low, high = interval(draws[:, 0] / draws[:, 1])
+    return {"value": units[:, 0].sum() / units[:, 1].sum(), "value_low": low, "value_high": high}
 
 
 def _calibration(

@@ -94,6 +94,11 @@ class TreeConfig:
         """Nodes that the head runs on."""
         return self.depth * self.top_k
 
+    @property
+    def num_pooled(self) -> int:
+        """Nodes that there are to choose from, the root included: the most that such a tree has."""
+        return 1 + self.top_k + self.num_expanded * self.top_k
+
     def choose(self, level: int, scores: Tensor) -> Tensor:
         """(B, top_k) places to expand among a level's candidates, given their `scores` (B, n)."""
         if level == 0:  # the root's own children, best first already

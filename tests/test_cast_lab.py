@@ -11,7 +11,7 @@ from test_eagle3 import make_head
 from tree_drafters import Knowing
 
 from specrepro import cast, cast_figures, cast_lab, cast_rows, claims, eagle3, experiment, replay
-from specrepro.cast_lab import BEST, CAST, DEFAULT, PLANS, Lab, Plan
+from specrepro.cast_lab import BEST, CAST, DEFAULT, NET, PLANS, Lab, Plan
 from specrepro.cost_table import Grid
 from specrepro.decoding import decode_autoregressively
 from specrepro.eagle3 import TreeConfig
@@ -228,13 +228,28 @@ def test_replays_fill_whole_batches_and_two_at_least(lab):
     assert first == ["chat", "humaneval"] * 2, "sets by turns, so that batches are mixed"
 
 
+def test_trees_of_the_sweep_have_the_sizes_they_are_drawn_at(rows, lab):
+    """A shape that cannot hold the largest would draw one small tree at every size."""
+    swept = rows[(rows["quantity"] == "replay_sweep") & (rows["method"] == DEFAULT)]
+    shapes = swept[["draft_depth", "top_k", "total_tokens"]].drop_duplicates().astype(int)
+    for depth, top_k, size in shapes.itertuples(index=False):
+        assert TreeConfig(depth, top_k, size).num_pooled >= size
+    gained = rows[(rows["quantity"] == "gain") & (rows["method"] == "EAGLE-3, chosen size")]
+    assert set(gained["batch"]) == set(swept["batch"]), "none where growing pays would be left out"
+
+
+def test_a_text_that_is_said_again_counts_once(rows, lab):
+    replayed = rows[rows["quantity"] == "replay"]
+    assert set(replayed.loc[replayed["temperature"] == 0, "num_prompts"]) == {4}
+
+
 def test_ablations_end_at_eagle_3_and_at_cast(rows, lab):
     found = rows[(rows["quantity"] == "ablation") & (rows["batch"] == 1)].set_index("method")
     replayed = rows[
         (rows["quantity"] == "replay") & (rows["batch"] == 1) & (rows["costs"] == "table")
         & (rows["temperature"] == 0)
     ].set_index("method")  # fmt: skip
-    for name in (DEFAULT, CAST):
+    for name in (DEFAULT, CAST, NET):
         assert found.loc[name, "speedup"] == pytest.approx(replayed.loc[name, "speedup"])
     assert set(cast_rows.WITHOUT.values()) <= set(found.index)
 
