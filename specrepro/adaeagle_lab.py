@@ -38,7 +38,8 @@ from specrepro.target_model import Target
 
 OURS, BOTH, DDD = "AdaEAGLE", "AdaEAGLE-DDD", "DDD"
 NO_PENALTY, CLASSES = "AdaEAGLE, no penalty", "AdaEAGLE, classes"
-PAIRS = ((OURS, "EAGLE 4"), (BOTH, OURS), (BOTH, DDD))  # compared prompt by prompt
+# compared prompt by prompt; fixed drafts as long as the paper's and about as long as those here
+PAIRS = ((OURS, "EAGLE 4"), (OURS, "EAGLE 2"), (BOTH, OURS), (BOTH, DDD))
 WARM_UP, REPEATS = 20, 200  # predictions that are timed alone
 Sets = tuple[str, ...]
 

@@ -121,6 +121,8 @@ class _Reading:
         """What lies between low and high, in words: a row may say that it is something else."""
         if self.row["quantity"] == "losslessness":
             return "the count"
+        if self.low == self.high:
+            return "the one number there is"
         told = self.row.get("ends")
         return "the 95 % interval" if told is None or pd.isna(told) else f"the range ({told})"
 
@@ -716,14 +718,17 @@ def as_markdown(verdicts: list[Verdict]) -> str:
 def _interval(verdict: Verdict) -> str:
     if None in (verdict.measured, verdict.low, verdict.high) or verdict.low == verdict.high:
         return _number(verdict.measured)
-    return f"{_number(verdict.measured)} [{_number(verdict.low)}, {_number(verdict.high)}]"
+    numbers = verdict.measured, verdict.low, verdict.high
+    decimals = 2 if max(map(abs, numbers)) >= 0.05 else 4
+    value, low, high = (_number(number, decimals) for number in numbers)
+    return f"{value} [{low}, {high}]"
 
 
-def _number(number: float | None) -> str:
-    """Two decimals, none from 100 up; whole counts as they are; empty when missing."""
+def _number(number: float | None, decimals: int = 2) -> str:
+    """So many decimals, none from 100 up; whole counts as they are; empty when missing."""
     if number is None:
         return ""
     if isinstance(number, int) or abs(number) >= 100:
         return f"{number:.0f}"
     # adding zero turns a rounded -0.00 into 0.00
-    return f"{round(number, 2) + 0.0:.2f}"
+    return f"{round(number, decimals) + 0.0:.{decimals}f}"

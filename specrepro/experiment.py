@@ -381,6 +381,24 @@ class Run:
         return verdicts
 
 
+def judge_again(paper: str) -> None:
+    """Judge the claims as they are now on the rows that were kept, and write the verdict anew."""
+    folder = ROOT / "figures" / paper
+    path = folder / "verdict.json"
+    if path.is_file():
+        tier = json.loads(path.read_text())["tier"]
+        claims.write_verdict(path, paper, tier, judged(paper, folder / "results.csv", tier))
+
+
+def judged(paper: str, results: Path, tier: str) -> list[claims.Verdict]:
+    """The verdicts of a tier on rows that were kept, what `Run.recall` adds to them among these."""
+    found = pd.read_csv(results, low_memory=False)
+    left = found["tier"].eq("full") & found.get("stage", pd.Series(index=found.index)).notna()
+    recalled = found[left & (tier != "full")].assign(source=COMMITTED)
+    own = found[found["tier"] == tier]
+    return claims.judge(claims.load(paper), pd.concat([own, recalled], ignore_index=True), tier)
+
+
 def reported_model(paper: str) -> str:
     """The model of a paper's tables that a smaller target is set beside."""
     return REPORTED_MODEL.get(paper, "Llama-3.1-8B")

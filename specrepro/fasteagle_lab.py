@@ -379,8 +379,10 @@ def identity(
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.fasteagle_lab STAGE ...`: measure stages as tier `full` does."""
     parser = eagle3_lab.stage_parser("fasteagle", __doc__, STAGES, fasteagle.CHECKPOINT, WORK)
-    parser.add_argument("--eagle3", type=Path, default=eagle3.CHECKPOINT, help="EAGLE-3's head")
+    parser.add_argument("--eagle3", type=Path, help="EAGLE-3's head; that in the cascade's folder,"
+                        " which was trained alike, if left out")  # fmt: skip
     options = parser.parse_args(arguments)
+    options.eagle3 = options.eagle3 or head_beside(options.checkpoint)
     run, plan = eagle3_lab.run_and_plan("fasteagle", options, PLANS["full"])
     load = fasteagle.drafters(options.checkpoint)[OURS]
     bench = Bench(run.target, options.work)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from specrepro import checkpoints, claims, measure
 from specrepro.claims import MEASURED_NOW
-from specrepro.experiment import COMMITTED, PAPERS, ROOT, TIERS, reported_model
+from specrepro.experiment import COMMITTED, PAPERS, ROOT, TIERS, judge_again, reported_model
 from specrepro.prompts import PROMPT_SETS
 
 README = ROOT / "README.md"
@@ -46,7 +46,9 @@ _UNITS = (("speedup", "x"), ("tau", ""))
 
 
 def write() -> None:
-    """Redo README's table and the page of every paper that has a verdict."""
+    """Judge the claims of every paper again; redo README's table and the papers' pages."""
+    for paper in PAPERS:
+        judge_again(paper)
     checkpoints.write_text(README, with_table(README.read_text()))
     for paper, text in pages().items():
         checkpoints.write_text(page(paper), text)

@@ -567,7 +567,7 @@ def _by_unit(parts: list[tuple[str, np.ndarray]]) -> np.ndarray:
 
 
 def _num_prompts(records: list[Record]) -> int:
-    return len({record.prompt_id for record in records})
+    return len({record.session or record.prompt_id for record in records})
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:

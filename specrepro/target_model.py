@@ -263,12 +263,15 @@ class Target:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells its weights from those of another target: a hash of some numbers of each."""
+        """What tells its weights from those of another target: a hash of some numbers of each.
+
+        In bfloat16, so that it is the same in whatever format they were loaded.
+        """
         digest = hashlib.sha256()
         for name, weight in self.model.named_parameters():
             few = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
             digest.update(f"{name} {tuple(weight.shape)} ".encode())
-            digest.update(few.float().cpu().numpy().tobytes())
+            digest.update(few.bfloat16().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

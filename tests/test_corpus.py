@@ -437,6 +437,8 @@ def test_answers_of_other_weights_under_the_same_name_are_refused(target, whole,
     with torch.no_grad():
         next(tuned.model.parameters()).mul_(1.01)
     assert tuned.fingerprint != target.fingerprint
+    in_half = Target(copy.deepcopy(target.model).bfloat16(), target.tokenizer, target.name)
+    assert in_half.fingerprint == target.fingerprint
     for call in (
         lambda: corpus.generate(tuned, questions, tmp_path, max_new_tokens=4),
         lambda: corpus.recompute(tuned, [], tmp_path),

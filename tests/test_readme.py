@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 
 import pandas as pd
 import pytest
@@ -37,6 +38,15 @@ def test_table_and_pages_are_those_of_the_committed_rows():
     assert written.keys() == experiment.PAPERS.keys(), "a paper without a verdict"
     for paper, text in written.items():
         assert pages.page(paper).read_text() == text, remedy
+
+
+@pytest.mark.parametrize("paper", experiment.PAPERS)
+def test_verdicts_are_those_of_the_committed_claims_and_rows(paper):
+    path = experiment.ROOT / "figures" / paper / "verdict.json"
+    told = json.loads(path.read_text())
+    found = experiment.judged(paper, path.with_name("results.csv"), told["tier"])
+    again = json.loads(json.dumps([asdict(one) for one in found]))
+    assert told["claims"] == again, "run: python -m specrepro readme"
 
 
 def test_a_page_keeps_what_was_written_by_hand_and_only_that(tmp_path, monkeypatch):
