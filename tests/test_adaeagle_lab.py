@@ -18,7 +18,7 @@ from specrepro.cost_table import Grid
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "adaeagle.ipynb"
 PLAN = Plan(
-    ("chat", "humaneval"), ("chat",), ("chat",), (1, 2, 4), (1.0, 4.0), (-0.2, -0.6),
+    ("chat", "humaneval"), ("chat",), ("chat",), (1, 2, 3, 4), (1.0, 4.0), (-0.2, -0.6),
     num_answers=6, epochs=1.0,
     grid=Grid((1,), 64, 1, (1, 2, 5, 7), (1,), warm_up=1, repeats=1),
 )  # fmt: skip
@@ -117,7 +117,7 @@ def test_rows_hold_every_penalty_variant_and_threshold(rows):
     }
     assert of["length"].groupby("method")["value"].sum().to_numpy() == pytest.approx(1.0)
     assert of["round"].query("method == @ORACLE").eval("value == drafted")[:-1].all()
-    assert set(of["fixed"]["fixed_length"]) == {1, 3, 4}
+    assert set(of["fixed"]["fixed_length"]) == {1, 2, 3, 4}
     assert (of["break_even"]["probability"] > 0).all() and len(of["break_even"]) == 2
 
 
