@@ -43,6 +43,9 @@ SETTINGS = {  # of the text drafters, beside their papers' own
         LookupConfig(require_full=False, occurrence="last")
     ),
     "SuffixDecoding, tree": lambda: ngram.SuffixDecoding(SuffixConfig(is_tree=True), carries=True),
+    "SAM, forgetting": ngram.Sam,  # what came before the turn or sample
+    "PIA, forgetting": ngram.Pia,
+    "SuffixDecoding, forgetting": ngram.SuffixDecoding,
 }
 THRESHOLDS = tuple(range(1, 13))
 
@@ -244,7 +247,7 @@ class Lab:
             for name, found in case.items():
                 tables.append(tts_rows.replay_rows(found, name))
                 tables += _by_turn(found, name)
-            tables.append(_rise(self._records(case)))
+            tables += [_rise(self._records(case)), _memory(self._records(case))]
             tables.append(tts_rows.generation_rows(self._records(case)))
         cold, warm = (self._records(self.replayed[MULTI_ROUND, t]) for t in tts.TEMPERATURES)
         tables.append(tts_rows.changes(cold, warm, "fall_off"))
@@ -330,6 +333,19 @@ def _rise(records: Sequence[Record]) -> pd.DataFrame:
     last = max(max(one.turn, one.sample) for one in records)
     parts = ([one for one in records if max(one.turn, one.sample) == n] for n in (1, last))
     return tts_rows.changes(*parts, "rise")
+
+
+def _memory(records: Sequence[Record]) -> pd.DataFrame:
+    """Rows of quantity "memory": what a store adds, in the last turn or sample, to the same drafter
+    that forgets what came before.
+    """
+    last = max(max(one.turn, one.sample) for one in records)
+    own = [one for one in records if max(one.turn, one.sample) == last]
+    twins = {f"{name}, forgetting": name for name in ("SAM", "PIA", "SuffixDecoding")}
+    forgetting = [replace(one, method=twins[one.method]) for one in own if one.method in twins]
+    baseline = [one for one in own if one.method == AUTOREGRESSIVE]
+    keeping = [one for one in own if one.method in twins.values()]
+    return tts_rows.changes(baseline + forgetting, baseline + keeping, "memory")
 
 
 def _consistency(records: Sequence[Record]) -> pd.DataFrame:

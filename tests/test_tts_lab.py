@@ -122,6 +122,26 @@ def test_fewer_questions_of_each_set_are_asked_where_answers_are_sampled(
     assert set(fallen["num_prompts"]) == {2}, "of the questions asked at both"
 
 
+def test_taus_are_drawn_of_the_same_words_where_they_were_replayed(rows: pd.DataFrame) -> None:
+    """A method that loops in its own words would stand above one that was replayed on others."""
+    tau, _ = tts_figures.radar(rows).axes
+    drawn = {line.get_color(): line for line in tau.lines if line.get_linestyle() == ":"}
+    assert {tts_figures.COLOURS[name] for name in ("SAM", "EAGLE-3", "PLD")} <= drawn.keys()
+    replayed = rows[(rows["quantity"] == "replay") & (rows["prompts"] == OVERALL)]
+    replayed = replayed[(replayed["temperature"] == 0) & (replayed["paradigm"] == "multi-round")]
+    expected = replayed.set_index("method")["tau"]["SAM"]
+    assert expected in drawn[tts_figures.COLOURS["SAM"]].get_ydata()
+
+
+def test_what_memory_adds_is_told_of_the_same_words(rows: pd.DataFrame) -> None:
+    found = rows[(rows["quantity"] == "memory") & (rows["metric"] == "tau")]
+    assert {"SAM", "PIA", "SuffixDecoding"} == set(found["method"])
+    turns = rows[(rows["quantity"] == "replay_by_turn") & (rows["prompts"] == OVERALL)]
+    turns = turns[(turns["temperature"] == 0) & (turns["turn"] == 2)].set_index("method")["tau"]
+    one = found[(found["temperature"] == 0) & (found["method"] == "SAM")].iloc[0]
+    assert one["value"] == pytest.approx(turns["SAM"] / turns["SAM, forgetting"] - 1)
+
+
 def test_what_is_replayed_says_so_and_has_no_time(rows: pd.DataFrame) -> None:
     is_replay = rows["quantity"].isin(["replay", "replay_by_turn", "threshold", "generation"])
     assert set(rows[is_replay]["source"]) == {REPLAYED}
