@@ -20,9 +20,10 @@ Departs from the paper:
   rounding would count as much as a tree;
 - the learning rate falls along a cosine, not a line; the five epochs are asked for by `--epochs`.
 The surrogate is no ascent of the reward: advantages sum to zero over positions, not over the trees
-of one position, so as many accepted paths are made less probable as more, and one that is lost
-costs more than one that is favoured gains. Alone it lets less be accepted (`tests/test_gto.py`);
-what it adds to the token loss, `gto_arms` and `gto_lab` measure.
+of one position, so what is favoured at some is disfavoured at others, and an accepted path that is
+lost costs more than one that is favoured gains: alone, with as many positions favoured as not, it
+lets less be accepted (`tests/test_gto.py`). What it adds to the token loss, `gto_arms` and
+`gto_lab` measure.
 """
 
 from __future__ import annotations

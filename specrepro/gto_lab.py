@@ -51,6 +51,7 @@ from specrepro.recipes import Recipe
 from specrepro.training_cards import card_of
 
 OURS, FIRST = "GTO", "EAGLE-3"
+AS_PAPER = "EAGLE-3, 60 nodes"  # the first head with the tree that Figure 2 is about
 SETS = ("chat", "humaneval", "maths")  # the paper's
 STAGES = ("paths", "rewards", "shapes", "arms", "ablation", "held_out", "learning", "statistics")
 LOGGED = ("clipped", "silent_groups", "ratio_deviation", "reward_gap")
@@ -99,8 +100,9 @@ class Lab(eagle3_lab.Lab):
         )
 
     def paths(self) -> pd.DataFrame:
-        """Rows of Figure 2, of both heads with the tuned head's tree."""
+        """Rows of Figure 2, of both heads with the tuned head's tree, and of the paper's tree."""
         drafters = {FIRST: self._first(), OURS: self.load(self.run.target)}
+        drafters[AS_PAPER] = eagle3.Drafter.load(self.start, self.run.target, eagle3.TreeConfig())
         tables = [
             path_rows(
                 self.run.target, drafters, self.run.questions(name, self.num_prompts),
