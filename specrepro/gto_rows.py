@@ -104,7 +104,7 @@ def path_rows(
 
 
 def _path_values(counts: np.ndarray) -> list[dict[str, object]]:
-    """Of counts (prompts, PATH_COUNTS)."""
+    """Of counts (prompts, PATH_COUNTS); a share's interval, widened for few prompts, ends at 1."""
     totals, draws = counts.sum(0), rows.bootstrap(counts)
     ratios = {
         "pruned": lambda c: c[..., 1] / c[..., 0],
@@ -115,6 +115,8 @@ def _path_values(counts: np.ndarray) -> list[dict[str, object]]:
     values = {"quantity": "paths"}
     for name, ratio in ratios.items():
         values |= _with_interval(name, ratio, totals, draws)
+    for share in ("pruned_high", "on_greedy_path_high"):
+        values[share] = min(values[share], 1.0)
     gain = _with_interval("value", lambda c: (c[..., 5] - c[..., 4]) / c[..., 0], totals, draws)
     return [values, {"quantity": "path_gain"} | gain]
 

@@ -153,13 +153,25 @@ HUB_SETS = {  # at commits that public evaluations pin; they were not fetched fo
 def load(name: str, num_prompts: int, seed: int = 0) -> list[Prompt]:
     """The first prompts of a set in an order that `seed` fixes; fewer are the start of more.
 
-    Raises ValueError for an unknown set, and where the set holds less than `num_prompts`.
+    None of `to_choose_by` is among them. Raises ValueError for an unknown set, and where the set holds less than `num_prompts`.
     """
     _check_known(name, PROMPT_SETS)
     if name == "maths":
         return _first(name, list(_write_maths(seed)), num_prompts)
     held = _read_humaneval() if name == "humaneval" else _sharegpt()[name]
-    return _first(name, _in_order_of_hash(held, seed), num_prompts)
+    chosen_by = {one.id for one in to_choose_by()}
+    reported = [one for one in held if one.id not in chosen_by]
+    return _first(name, _in_order_of_hash(reported, seed), num_prompts)
+
+
+def to_choose_by(num_prompts: int = 12) -> list[Prompt]:
+    """Prompts by which states of a training are chosen, and which are therefore never reported on.
+
+    Half of them chat, half instructions, the same whatever the seed.
+    """
+    each = num_prompts // 2
+    sets = (_in_order_of_hash(_sharegpt()[name], seed=0) for name in ("chat", "instruction"))
+    return [one for found in sets for one in found[250 - each : 250]]
 
 
 def load_from_hub(

@@ -6,8 +6,8 @@ SpecTTS-Bench (arXiv:2509.04474) are read from it: AIME 2024 and 2025, MATH-500,
 are judged by `math-verify` where it is installed (`pip install math-verify`), and else by comparing
 texts, which misses right answers in other words.
 
-Reproduced: the benchmark's first prompt (the bare question, no system message); what of an answer the
-next turn is shown; where thinking is cut short and what is then said.
+Reproduced: the benchmark's first prompt (the bare question, no system message); what of an answer
+the next turn is shown; where thinking is cut short and what is then said.
 Not reproduced: its 30 questions of MATH-500 and of GPQA, which were drawn by hand; ours are drawn
 by seed. It measures no accuracy.
 Departs: a generated question asks for reasoning, without which a small target answers in a line. A

@@ -217,14 +217,9 @@ def _command(name: str) -> str:
     return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
-def held_out_questions(target: Target, num_prompts: int = 12) -> list[list[int]]:
-    """Prompts that choose among states: the last of two held-out sets, not the first."""
-    last = [
-        question
-        for name in ("chat", "instruction")
-        for question in prompts.load(name, 250)[-num_prompts // 2 :]
-    ]
-    return [prompts.encode(target.tokenizer, question) for question in last]
+def held_out_questions(target: Target) -> list[list[int]]:
+    """Token ids of the prompts that choose among states."""
+    return [prompts.encode(target.tokenizer, question) for question in prompts.to_choose_by()]
 
 
 def held_out_tau(

@@ -205,6 +205,15 @@ def test_asking_for_more_than_there_are_says_how_many(name):
         prompts.load(name, 5000)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_what_chooses_among_states_is_never_reported_on(seed):
+    choosing = {one.id for one in prompts.to_choose_by()}
+    for name in ("chat", "instruction"):
+        asked = {one.id for one in prompts.load(name, 255, seed)}
+        assert not asked & choosing, "the kept state would be reported on its own prompts"
+    assert len(choosing) == 12
+
+
 def test_an_unknown_set_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'gsm8k'.*chat, humaneval, maths, instruction, summ"):
         prompts.load("gsm8k", 1)
