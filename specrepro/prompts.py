@@ -153,7 +153,8 @@ HUB_SETS = {  # at commits that public evaluations pin; they were not fetched fo
 def load(name: str, num_prompts: int, seed: int = 0) -> list[Prompt]:
     """The first prompts of a set in an order that `seed` fixes; fewer are the start of more.
 
-    None of `to_choose_by` is among them. Raises ValueError for an unknown set, and where the set holds less than `num_prompts`.
+    None of `to_choose_by` is among them. Raises ValueError for an unknown set, and where the set
+    holds less than `num_prompts`.
     """
     _check_known(name, PROMPT_SETS)
     if name == "maths":

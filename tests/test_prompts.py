@@ -66,7 +66,8 @@ def test_no_part_of_a_conversation_crosses_the_line():
 
 def test_the_real_sides_share_no_conversation_and_no_user_message():
     training = list(prompts.training_prompts())
-    held = [p for name in ("chat", "instruction", "summarisation") for p in _all_of(name)]
+    sets = ("chat", "instruction", "summarisation")
+    held = [p for name in sets for p in prompts._sharegpt()[name]]
     assert _conversations(training).isdisjoint(_conversations(held))
     assert _user_words(training).isdisjoint(_user_words(held))
 
@@ -78,10 +79,6 @@ def _conversations(some: list[prompts.Prompt]) -> set[str]:
 def _user_words(some: list[prompts.Prompt]) -> set[str]:
     messages = [m for prompt in some for m in prompt.messages if m["role"] == "user"]
     return {" ".join(message["content"].lower().split()) for message in messages}
-
-
-def _all_of(name: str) -> list[prompts.Prompt]:
-    return prompts.load(name, 164 if name == "humaneval" else len(prompts._sharegpt()[name]))
 
 
 def test_a_training_prompt_that_repeats_an_evaluation_prompt_is_dropped(sharegpt):
