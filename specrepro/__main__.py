@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 INTERRUPTED = "interrupted; nothing measured is lost, go on with --resume"
@@ -204,7 +205,7 @@ class _Client(PapermillNotebookClient):
             signal.signal(signal.SIGINT, self._interrupt)
         try:
             super().execute(env=os.environ | {"PYTHONWARNINGS": WARNINGS})
-        except DeadKernelError:
+        except RuntimeError:  # it died of the Ctrl-C too, in a cell or before it had a session
             if not self.num_interrupts:
                 raise
         finally:
@@ -258,9 +259,13 @@ papermill_engines.register(ENGINE, _Engine)
 def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> str:
     """What a run would measure, fetch, take and write."""
     chosen, target = TIERS[tier], str(parameters.get("target", "smollm2"))
+    lab = import_module(f"specrepro.{paper}_lab")
+    own = lab.decodes(tier) if hasattr(lab, "decodes") else {}
     default = tts.SIZES[tier] if paper == "tts" else chosen
-    num_prompts = parameters.get("num_prompts") or default.num_prompts
-    max_new_tokens = parameters.get("max_new_tokens") or default.max_new_tokens
+    num_prompts, max_new_tokens = (
+        parameters.get(name) or own.get(name) or getattr(default, name)
+        for name in ("num_prompts", "max_new_tokens")
+    )
     is_embedded = target == "smollm2"
     archives = [
         f"{name} ({'here' if assets.is_here(name) else 'to be fetched'})"
@@ -277,8 +282,9 @@ def plan(paper: str, tier: str, parameters: dict[str, object], folder: Path) -> 
         "target": target,
         "measures": tts.measures(tier, num_prompts, max_new_tokens)
         if paper == "tts"
-        else f"{num_prompts} prompts of each of {len(prompts.PROMPT_SETS)} sets at"
-        f" temperature 0 and 1, {max_new_tokens} new tokens, {chosen.repeats} repeats",
+        else f"{num_prompts} prompts of each of {len(own.get('sets', prompts.PROMPT_SETS))} sets at"
+        f" temperature 0{own.get('sampled', ' and 1')}, {max_new_tokens} new tokens,"
+        f" {chosen.repeats} repeats",
         "time": f"{chosen.time} on two CPU cores{more}" if is_embedded else "as the target takes",
         "memory": "under 6 GB"
         if is_embedded

@@ -80,6 +80,12 @@ PLANS = {
 sizes = partial(sizes_of, PLANS)  # of a tier: prompts of each set and their lengths
 
 
+def decodes(tier: str) -> dict[str, Any]:
+    """What a tier decodes, where it is not what other papers do."""
+    plan = PLANS[tier]
+    return sizes(tier) | {"sets": plan.sets, "sampled": f" ({', '.join(plan.sampled)} at 1 too)"}
+
+
 @dataclass
 class Lab:
     """What the notebook asks for, each thing made once."""

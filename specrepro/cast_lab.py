@@ -119,6 +119,14 @@ PLANS = {
 sizes = partial(sizes_of, PLANS)  # of a tier: prompts of each set and their lengths
 
 
+def decodes(tier: str) -> dict[str, Any]:
+    """What a tier decodes first, where it is not what other papers do."""
+    plan = PLANS[tier]
+    in_batches = [f"{plan.num_together} at batch {size}" for size in plan.greedy if size > 1]
+    sampled = f" (chat at 1 too; {', '.join(in_batches)})"
+    return sizes(tier) | {"sets": plan.greedy[1], "sampled": sampled}
+
+
 @dataclass
 class Lab:
     """What CAST's notebook asks for, each thing made once."""

@@ -87,6 +87,11 @@ PLANS = {
 }  # fmt: skip
 
 
+def decodes(tier: str) -> dict[str, int]:
+    """What a tier decodes, where it is not what other papers do."""
+    return {"max_new_tokens": tokens_of(tier)}
+
+
 def tokens_of(tier: str, max_new_tokens: int = 0) -> int:
     """To decode of each prompt: as asked, or the plan's; 0 is the tier's."""
     return max_new_tokens or (PLANS[tier].max_new_tokens if tier in PLANS else 0)

@@ -64,6 +64,21 @@ def test_a_dry_run_measures_nothing_and_writes_nothing(tmp_path, capsys):
     assert "archives" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("paper", "said"),
+    [
+        ("eagle3", "4 prompts of each of 5 sets at temperature 0 and 1, 128 new tokens"),
+        ("cast", "2 prompts of each of 3 sets at temperature 0 (chat at 1 too; 24 at batch 8), 40"),
+        ("fasteagle", "5 sets at temperature 0 and 1, 64 new tokens"),
+        ("gto", "of each of 3 sets"),
+        ("adaeagle", "3 prompts of each of 3 sets at temperature 0 (chat at 1 too), 48 new tokens"),
+    ],
+)
+def test_a_dry_run_says_what_this_paper_decodes(paper, said, tmp_path):
+    assert said in command_line.plan(paper, "laptop", {}, tmp_path)
+    assert "7 prompts of each" in command_line.plan(paper, "laptop", {"num_prompts": 7}, tmp_path)
+
+
 def test_a_second_run_of_the_same_configuration_decodes_nothing(tiny_run, monkeypatch):
     from specrepro.decoding import Autoregressive
 
