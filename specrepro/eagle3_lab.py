@@ -108,7 +108,7 @@ class Plan:
 
 STAGES = (
     "baselines", "ablation", "ablation_by_depth", "data_scaling", "sensitivity", "throughput",
-    "sweep", "headroom", "training", "audit_greedy", "audit_sampled",
+    "sweep", "papers_tree", "headroom", "training", "audit_greedy", "audit_sampled",
 )  # fmt: skip
 AUDITS = STAGES[-2:]
 ALIKE = ("ablation", "ablation_by_depth", "data_scaling", "sensitivity")  # the committed head aside
@@ -209,7 +209,7 @@ class Lab:
     def remedy(self, stage: str) -> str:
         """How rows of a stage are made."""
         measured = f"python -m specrepro.eagle3_lab {stage}{self._command_options}"
-        if stage in ("throughput", "sweep", "baselines", "headroom", *AUDITS):
+        if stage in ("throughput", "sweep", "papers_tree", "baselines", "headroom", *AUDITS):
             return f"no rows; {measured} makes them"
         if stage == "training":
             return f"no card of {self.checkpoint} says how its tau grew; train it anew"
@@ -323,6 +323,11 @@ class Lab:
         entries = [self._of_tree(tree) for tree in dict.fromkeys(trees)]
         _, found = self._measure("sweep", entries, ("chat",), (0.0,))
         return found[found["method"] == OURS]
+
+    def papers_tree(self) -> pd.DataFrame:
+        """Rows of quantity "papers_tree": Table 1 with the paper's own tree, however slow here."""
+        entries = [self._of_tree(TreeConfig())]
+        return self._measure("papers_tree", entries, ALL_SETS, self.plan.temperatures)[1]
 
     def headroom(self) -> pd.DataFrame:
         """Rows of quantity "headroom": sampled tau of the head and of the target, by tree size.

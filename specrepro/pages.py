@@ -39,6 +39,7 @@ OWN = {  # the method that a paper is about
 BESIDE = {  # quantity -> the heading of its table
     "baselines": "Beside other methods, on the same prompts and the same clock",
     "ablation": "Ablation",
+    "papers_tree": "With the paper's tree: 60 nodes in eight levels",
 }
 SINGLE = {("eagle3", "ablation"): ("chat", "maths")}  # sets beside the mean: Table 2's, greedy
 OF_SEVERAL_SETS = ("mean", "overall")
