@@ -65,6 +65,7 @@ def of(records: Sequence[Record], method: str, question: str = "q0") -> list[Rec
 def whatever_was_measured(record: Record) -> Record:
     """A record without its times."""
     untimed = {"seconds": None, "prefill_seconds": None, "seconds_by_part": {}, "load": None}
+    untimed["when"] = ""
     return replace(record, **untimed)
 
 
