@@ -75,10 +75,12 @@ def write_text(path: Path, text: str) -> None:
 
 def cut_torn_line(path: Path) -> None:
     """Take off what an interruption left behind a file's last whole line."""
-    if path.is_file():
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":  # else the rest need not be read
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
 
 class _replacing:

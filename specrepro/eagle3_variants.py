@@ -145,17 +145,17 @@ class Workshop:
         return corpus.features_in(features, self.target, max(1, round(share * total)))
 
     def _require_same(self, variant: Variant, features: Path) -> None:
-        method = recipes.changed(Recipe.of(variant.method, self.target), variant.settings).method
+        recipe = Recipe.of(variant.method, self.target)
+        method, loop = recipes.changed(recipe, variant.settings).method, asdict(recipe.loop)
         wanted = {
             "corpus": self._sample(self.budget.share * variant.scale, features).hash,
             "batch_tokens": self._batch_tokens(variant),
             "epochs": self._epochs(variant, features),
-            "method": json.loads(json.dumps(asdict(method))),
+            "method": asdict(method),
         }
-        card, loop = self.card(variant), asdict(Recipe.of(variant.method, self.target).loop)
         own = ("total_steps", "evaluate_every", "keeps_last", "save_seconds")  # each variant's
         wanted |= {name: value for name, value in loop.items() if name not in own}
-        wanted["betas"] = list(wanted["betas"])
+        wanted, card = json.loads(json.dumps(wanted)), self.card(variant)
         there = {"corpus": card["corpus"]} | card["recipe"] | card["recipe"]["loop"]
         if wrong := [name for name, value in wanted.items() if there[name] != value]:
             raise ValueError(

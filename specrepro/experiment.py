@@ -276,10 +276,8 @@ class Run:
             return False
         tier = "paper" if self.tier_name == "paper" else "full"
         found = found[(found["stage"] == stage) & (found["tier"] == tier)]
-        found = found[found["target"] == measure.target_name(self.target)]
-        if "checkpoint" in found:
-            found = found[found["checkpoint"].isna() | (found["checkpoint"] == checkpoint)]
-        self._tables.append(found.assign(source=COMMITTED))
+        found = _committed(found, measure.target_name(self.target), checkpoint)
+        self._tables.append(found)
         return len(found) > 0
 
     @property
@@ -392,11 +390,22 @@ def judge_again(paper: str) -> None:
 
 def judged(paper: str, results: Path, tier: str) -> list[claims.Verdict]:
     """The verdicts of a tier on rows that were kept, what `Run.recall` adds to them among these."""
-    found = pd.read_csv(results, low_memory=False)
-    left = found["tier"].eq("full") & found.get("stage", pd.Series(index=found.index)).notna()
-    recalled = found[left & (tier != "full")].assign(source=COMMITTED)
-    own = found[found["tier"] == tier]
-    return claims.judge(claims.load(paper), pd.concat([own, recalled], ignore_index=True), tier)
+    everything = pd.read_csv(results, low_memory=False)
+    found = everything[everything["tier"] == tier]
+    if "stage" in everything and tier in ("smoke", "laptop"):
+        told = json.loads(results.with_name("manifest.json").read_text())
+        left = everything[(everything["tier"] == "full") & everything["stage"].notna()]
+        recalled = _committed(left, told["target"], told["checkpoint"][:12])
+        found = pd.concat([found, recalled], ignore_index=True)
+    return claims.judge(claims.load(paper), found, tier)
+
+
+def _committed(found: pd.DataFrame, target: str, checkpoint: str) -> pd.DataFrame:
+    """Rows of a target and, as far as they say, of the checkpoint with this digest, marked so."""
+    found = found[found["target"] == target]
+    if "checkpoint" in found:
+        found = found[found["checkpoint"].isna() | (found["checkpoint"] == checkpoint)]
+    return found.assign(source=COMMITTED)
 
 
 def reported_model(paper: str) -> str:

@@ -54,14 +54,13 @@ OURS, FIRST = "GTO", "EAGLE-3"
 AS_PAPER = "EAGLE-3, 60 nodes"  # the first head with the tree that Figure 2 is about
 SETS = ("chat", "humaneval", "maths")  # the paper's
 
+STAGES = ("paths", "rewards", "shapes", "arms", "ablation", "held_out", "learning", "statistics")
+LOGGED = ("clipped", "silent_groups", "ratio_deviation", "reward_gap")
+
 
 def decodes(tier: str) -> dict[str, Any]:
     """What a tier decodes, where it is not what other papers do."""
     return {"sets": SETS}
-
-
-STAGES = ("paths", "rewards", "shapes", "arms", "ablation", "held_out", "learning", "statistics")
-LOGGED = ("clipped", "silent_groups", "ratio_deviation", "reward_gap")
 
 
 @dataclass(frozen=True, slots=True)

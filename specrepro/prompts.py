@@ -159,9 +159,10 @@ def load(name: str, num_prompts: int, seed: int = 0) -> list[Prompt]:
     _check_known(name, PROMPT_SETS)
     if name == "maths":
         return _first(name, list(_write_maths(seed)), num_prompts)
-    held = _read_humaneval() if name == "humaneval" else _sharegpt()[name]
+    if name == "humaneval":
+        return _first(name, _in_order_of_hash(_read_humaneval(), seed), num_prompts)
     chosen_by = {one.id for one in to_choose_by()}
-    reported = [one for one in held if one.id not in chosen_by]
+    reported = [one for one in _sharegpt()[name] if one.id not in chosen_by]
     return _first(name, _in_order_of_hash(reported, seed), num_prompts)
 
 

@@ -247,8 +247,8 @@ class Lab:
             for name, found in case.items():
                 tables.append(tts_rows.replay_rows(found, name))
                 tables += _by_turn(found, name)
-            tables += [_rise(self._records(case)), _memory(self._records(case))]
-            tables.append(tts_rows.generation_rows(self._records(case)))
+            records = self._records(case)
+            tables += [_rise(records), _memory(records), tts_rows.generation_rows(records)]
         cold, warm = (self._records(self.replayed[MULTI_ROUND, t]) for t in tts.TEMPERATURES)
         tables.append(tts_rows.changes(cold, warm, "fall_off"))
         return pd.concat([one for one in tables if len(one)], ignore_index=True).assign(

@@ -49,6 +49,18 @@ def test_verdicts_are_those_of_the_committed_claims_and_rows(paper):
     assert told["claims"] == again, "run: python -m specrepro readme"
 
 
+def test_rows_that_an_earlier_head_left_are_not_judged(tmp_path):
+    folder = experiment.ROOT / "figures" / "eagle3"
+    results = tmp_path / "results.csv"
+    results.write_bytes((folder / "results.csv").read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for checkpoint, is_tested in ((manifest["checkpoint"], True), ("0" * 64, False)):
+        told = json.dumps(manifest | {"checkpoint": checkpoint})
+        (tmp_path / "manifest.json").write_text(told)
+        found = {one.id: one for one in experiment.judged("eagle3", results, "laptop")}
+        assert (found["own-tau-greedy"].verdict != "not tested") is is_tested
+
+
 def test_a_page_keeps_what_was_written_by_hand_and_only_that(tmp_path, monkeypatch):
     folder = experiment.ROOT / "figures" / "gto"
     for name in ("results.csv", "verdict.json", "manifest.json"):
