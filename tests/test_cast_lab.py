@@ -238,9 +238,12 @@ def test_trees_of_the_sweep_have_the_sizes_they_are_drawn_at(rows, lab):
     assert set(gained["batch"]) == set(swept["batch"]), "none where growing pays would be left out"
 
 
-def test_a_text_that_is_said_again_counts_once(rows, lab):
-    replayed = rows[rows["quantity"] == "replay"]
-    assert set(replayed.loc[replayed["temperature"] == 0, "num_prompts"]) == {4}
+def test_a_text_that_is_said_again_counts_once(lab, monkeypatch):
+    three = lab.replayed()[:3]
+    monkeypatch.setattr(lab, "replayed", lambda temperature=0.0: three)
+    assert len(cast_lab.of_one_set(three, 2)) == 4
+    found = cast_rows.ablation(lab)
+    assert set(found.loc[found["batch"] == 2, "num_prompts"]) == {3}
 
 
 def test_ablations_end_at_eagle_3_and_at_cast(rows, lab):

@@ -145,6 +145,19 @@ def test_ctrl_c_before_the_first_cell_leaves_one_line(start, tmp_path):
     assert run.end() == (130, ONE_LINE)
 
 
+@pytest.mark.parametrize(("num_interrupts", "ends"), [(1, KeyboardInterrupt), (0, RuntimeError)])
+def test_a_process_that_dies_of_the_ctrl_c_before_it_answers_was_interrupted(
+    num_interrupts, ends, monkeypatch
+):
+    def dies(client, **_):
+        client.num_interrupts = num_interrupts
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(command_line.PapermillNotebookClient, "execute", dies)
+    with pytest.raises(ends):
+        command_line._Client.__new__(command_line._Client).execute()
+
+
 def test_ctrl_c_during_the_imports_leaves_one_line(start):
     run = start("-X", "importtime", "-m", "specrepro", "eagle3", "--dry-run")
     run.interrupt_at(" nbclient\n")

@@ -356,6 +356,13 @@ def test_recurrent_layers_are_refused_even_beside_attention(family: str, options
         Target(model, None, "tiny")
 
 
+def test_a_model_that_says_it_keeps_a_state_is_refused() -> None:
+    model = plain_model("llama")
+    model._is_stateful = True
+    with pytest.raises(ValueError, match="not a decoder of attention layers"):
+        wrapped(model)
+
+
 def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
     options = SMALL | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 4}
     config = AutoConfig.for_model("qwen2_moe", **options, num_experts=2, moe_intermediate_size=16)

@@ -140,6 +140,7 @@ def test_what_memory_adds_is_told_of_the_same_words(rows: pd.DataFrame) -> None:
     turns = turns[(turns["temperature"] == 0) & (turns["turn"] == 2)].set_index("method")["tau"]
     one = found[(found["temperature"] == 0) & (found["method"] == "SAM")].iloc[0]
     assert one["value"] == pytest.approx(turns["SAM"] / turns["SAM, forgetting"] - 1)
+    assert one["value"] != 0, "nothing was forgotten"
 
 
 def test_what_is_replayed_says_so_and_has_no_time(rows: pd.DataFrame) -> None:
