@@ -196,44 +196,62 @@ class Generation:
 
 
 class Clock:
-    """Wall time by part of a round, synchronised with the device."""
+    """Wall time, whole and by part; a GPU marks parts in its stream, and nobody waits for them."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self.start = time.perf_counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._parts: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
 
     def elapsed(self) -> float:
+        """Seconds since the start, once the device has done what it was given."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - self.start
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        began = self.elapsed()
+        began = self._mark()
         yield
-        self.seconds[name] += self.elapsed() - began
+        self._parts.append((name, began, self._mark()))
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """What the parts of each name took in all."""
+        self.elapsed()
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for name, began, ended in self._parts:
+            is_event = isinstance(began, torch.cuda.Event)
+            seconds[name] += began.elapsed_time(ended) / 1000 if is_event else ended - began
+        return dict(seconds)
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 @dataclass(slots=True)
 class _Batch:
-    """The growing output of every sequence; rows are the original ones, whoever has ended."""
+    """The growing output of every sequence; rows are the original ones, whoever has ended.
 
-    tokens: Tensor  # (B, longest limit)
+    It stays on the device: a round reads back `progress` and nothing else of it.
+    """
+
+    tokens: Tensor  # (B, 1 + longest limit); the last column takes what is cut
     limits: Tensor  # (B,) most new tokens of each sequence
     num_new: Tensor  # (B,)
     is_done: Tensor  # (B,) bool
-    accepted: list[list[int]]
-    drafted: list[list[int]]
+    rounds: list[Tensor]  # (3, b) of the sequences that went on: row, tokens accepted, drafted
     gaps: list[list[float]]
 
     @classmethod
     def empty(cls, limits: Tensor) -> _Batch:
         """Nothing emitted yet."""
-        tokens = limits.new_zeros(len(limits), int(limits.max()))
+        tokens = limits.new_zeros(len(limits), 1 + int(limits.max()))
         is_done = torch.zeros_like(limits, dtype=torch.bool)
-        lists = ([[] for _ in tokens] for _ in range(3))
-        return cls(tokens, limits, torch.zeros_like(limits), is_done, *lists)
+        return cls(tokens, limits, torch.zeros_like(limits), is_done, [], [[] for _ in tokens])
 
     def append(self, rows: Tensor, emitted: Tensor, counts: Tensor, stop_ids: Tensor) -> None:
         """Add `counts` (b,) of the tokens `emitted` (b, P) to `rows` (b,).
@@ -244,19 +262,30 @@ class _Batch:
         is_stop = torch.isin(emitted, stop_ids) & (places < counts[:, None])
         before_stop = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, counts)
         counts = torch.minimum(before_stop, self.limits[rows] - self.num_new[rows])
-        slots = self.num_new[rows][:, None] + places
         is_kept = places < counts[:, None]
-        self.tokens[rows[:, None].expand_as(slots)[is_kept], slots[is_kept]] = emitted[is_kept]
+        slots = (self.num_new[rows][:, None] + places).where(is_kept, self.tokens.shape[1] - 1)
+        self.tokens[rows[:, None], slots] = emitted
         self.num_new[rows] += counts
         is_full = self.num_new[rows] == self.limits[rows]
         self.is_done[rows] = (is_stop & is_kept).any(1) | is_full
 
     def count(self, rows: Tensor, accepted: Tensor, drafted: Tensor) -> None:
-        """Note how many drafted tokens of `rows` (b,) this round proposed and accepted."""
-        counts = zip(rows.tolist(), accepted.tolist(), drafted.tolist(), strict=True)
-        for row, num_accepted, num_drafted in counts:
-            self.accepted[row].append(num_accepted)
-            self.drafted[row].append(num_drafted)
+        """Note how many drafted tokens of `rows` (b,) this round accepted and proposed."""
+        self.rounds.append(torch.stack([rows, accepted, drafted]))
+
+    def progress(self) -> tuple[int, int]:
+        """Tokens emitted so far, and sequences that have ended."""
+        num_emitted, num_done = torch.stack([self.num_new.sum(), self.is_done.sum()]).tolist()
+        return num_emitted, num_done
+
+    def counts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens accepted and drafted, round by round, of every sequence."""
+        accepted, drafted = ([[] for _ in self.tokens] for _ in range(2))
+        noted = torch.cat(self.rounds, 1).T.tolist() if self.rounds else ()
+        for row, num_accepted, num_drafted in noted:
+            accepted[row].append(num_accepted)
+            drafted[row].append(num_drafted)
+        return accepted, drafted
 
 
 def decode(
@@ -435,13 +464,14 @@ class _Loop:
     ) -> list[Generation]:
         batch, rows, cache = self._begin(prompts, torch.tensor(limits, device=self.target.device))
         prefill_seconds = self.clock.elapsed()
-        while not batch.is_done.all():
-            if batch.is_done[rows].any():
+        num_emitted, num_done = batch.progress()
+        while num_done < len(prompts):
+            if len(prompts) - num_done < len(rows):
                 rows, cache = self._drop_ended(batch, rows, cache)
-            num_before = int(batch.num_new.sum())
             self._round(batch, rows, cache)
+            num_before, (num_emitted, num_done) = num_emitted, batch.progress()
             if on_round is not None:
-                on_round(int(batch.num_new.sum()) - num_before)
+                on_round(num_emitted - num_before)
         return self._generations(batch, prefill_seconds)
 
     def _begin(self, prompts: list[list[int]], limits: Tensor) -> tuple[_Batch, Tensor, KVCache]:
@@ -526,7 +556,7 @@ class _Loop:
 
     def _generations(self, batch: _Batch, prefill_seconds: float) -> list[Generation]:
         seconds = self.clock.elapsed()
-        parts = dict(self.clock.seconds)
+        parts = self.clock.seconds_by_part()
         return [
             Generation(
                 tokens[:count],
@@ -541,8 +571,7 @@ class _Loop:
             for tokens, count, accepted, drafted, gaps in zip(
                 batch.tokens.tolist(),
                 batch.num_new.tolist(),
-                batch.accepted,
-                batch.drafted,
+                *batch.counts(),
                 batch.gaps,
                 strict=True,
             )

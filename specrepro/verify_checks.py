@@ -81,7 +81,7 @@ def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
 
 def refuse_lengths(cache_lengths: Tensor, num_nodes: int, capacity: int) -> None:
     """Raise ValueError where prefixes of these lengths leave no room for a tree behind them."""
-    shortest, longest = (int(length) for length in cache_lengths.aminmax())
+    shortest, longest = torch.stack(cache_lengths.aminmax()).tolist()
     if shortest < 0 or longest + num_nodes > capacity:
         raise ValueError(
             f"cache lengths run from {shortest} to {longest}; with {num_nodes} nodes behind "
@@ -197,8 +197,9 @@ def _refuse_probs(name: str, probs: Tensor | None, shape: tuple[int, int, int]) 
         return
     if probs.shape != shape:
         raise ValueError(f"{name} must be {shape}, not {tuple(probs.shape)}")
-    if may_read_back(probs) and not (torch.isfinite(probs).all() and (probs >= 0).all()):
-        row, node, token = (~torch.isfinite(probs) | (probs < 0)).nonzero()[0].tolist()
+    is_one = (probs >= 0) & (probs < torch.inf)  # what is not a number is neither
+    if may_read_back(probs) and not is_one.all():
+        row, node, token = (~is_one).nonzero()[0].tolist()
         raise ValueError(
             f"{name} of token {token} at node {node} of sequence {row} is "
             f"{probs[row, node, token].item()}; "

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from scripted_drafters import Scripted, drafters
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from tree_cases import language_patched_once_a_launch  # noqa: F401
 
-from specrepro import decoding, kernel_launch, target_model, tree_verify
+from specrepro import decoding, eagle3, kernel_launch, target_model, tree_verify
 from specrepro.decoding import decode, decode_autoregressively
 from specrepro.draft_tree import DraftTree
 from specrepro.target_model import Target
@@ -143,6 +145,49 @@ def test_a_tree_is_checked_and_packed_once_a_pass_and_not_once_a_layer(
     counts.clear()
     torch.testing.assert_close(target.verify(cache, tree).logits, by_kernels.logits)
     assert counts == {"attention_mask": 1}
+
+
+class ReadsBack(TorchDispatchMode):
+    """Counts what would have a GPU's host wait for it: values, and sizes that depend on values."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        self.count, as_list = 0, torch.Tensor.tolist
+
+        def counting(tensor: torch.Tensor) -> list:
+            self.count += tensor.shape != (2, 6)  # the layout of a cache is on the host anyway
+            return as_list(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counting)
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None) -> object:  # noqa: ANN001
+        name = op.__name__.split(".")[0]
+        indices = arguments[1] if name.strip("_").startswith("index") else ()
+        by_mask = isinstance(indices, (list, tuple)) and any(
+            index is not None and index.dtype == torch.bool for index in indices
+        )
+        self.count += by_mask or name in ("item", "is_nonzero", "nonzero", "masked_select")
+        return op(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(("temperature", "most"), [(0.0, 7), (1.0, 10)])
+def test_a_round_waits_for_the_device_a_few_times_however_many_sequences_it_has(
+    target, monkeypatch: pytest.MonkeyPatch, temperature, most
+) -> None:
+    head = eagle3.DraftHead(eagle3.head_config(target, target.vocab_size))
+    drafter = eagle3.Drafter(head, target, eagle3.TreeConfig(depth=2, top_k=3, total_tokens=8))
+    options = {"max_new_tokens": 20, "temperature": temperature}
+    for num_prompts in (1, 3):  # a CPU asks more for 4 and more
+        before = []
+        with tree_verify.using("triton"), ReadsBack(monkeypatch) as reads:
+            decode(
+                target,
+                drafter,
+                [PROMPTS[0]] * num_prompts,
+                on_round=lambda _: before.append(reads.count),  # noqa: B023
+                **options,
+            )
+        assert len(before) > 5 and max(numpy.diff(before[:5])) <= most
 
 
 def test_a_tree_too_large_for_the_cache_is_refused_before_the_kernels_run(target, launches) -> None:

@@ -160,6 +160,8 @@ def test_a_decode_on_the_gpu_says_what_the_cpu_says(temperature: float, is_compi
     runs = decode(target, ScriptedOnGpu(words, 6, 0.8, is_bushy=True), PROMPTS, **options)
     assert [run.tokens for run in runs] == words
     assert max(runs[0].accepted + runs[1].accepted) > 1, "no walk went deep"
+    parts = runs[0].seconds_by_part
+    assert min(parts.values()) > 0 and sum(parts.values()) < 1.01 * runs[0].seconds
 
 
 def test_every_means_of_attention_that_is_installed_is_timed() -> None:
