@@ -668,11 +668,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--answers-only", action="store_true",
                         help="keep no features: on a GPU, which computes them while it trains, and"
                         " answers large batches faster")  # fmt: skip
-    parser.add_argument("--committed", action="store_true",
+    parser.add_argument("--committed", dest="packed", action="store_const", const=COMMITTED,
                         help="compute the features of the committed answers alone")  # fmt: skip
+    parser.add_argument("--packed", type=Path, metavar="FOLDER",
+                        help="likewise of those that a folder has in one file")  # fmt: skip
     parser.add_argument("--without", type=Path, help="less those of this packed corpus: what a"
                         " head was trained on")  # fmt: skip
-    parser.add_argument("--share", type=float, default=1.0, help="of these committed answers")
+    parser.add_argument("--share", type=float, default=1.0, help="of these answers")
     parser.add_argument("--pack", type=Path, metavar="DESTINATION",
                         help="gather the folder's answers in one file with a card, as"
                         " corpus/smollm2 is, and answer nothing")  # fmt: skip
@@ -689,13 +691,13 @@ def _pack_as_told(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m specrepro.corpus`: generate answers, one process of several.
 
-    Or, with `--committed`, features of the answers that are in the repository, which takes minutes
-    where answering takes hours; or, with `--pack`, one file of the answers that are there.
+    Or, with `--committed` or `--packed`, features of answers that there are, which takes minutes
+    where answering takes hours; or, with `--pack`, one file of the answers of a folder.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
     if not 0 < options.share <= 1:
-        parser.error(f"--share is {options.share}; give a part of the committed answers, above 0")
+        parser.error(f"--share is {options.share}; give a part of the answers, above 0")
     if options.pack is not None:
         _pack_as_told(options)
         return
@@ -706,8 +708,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if not 0 <= rank < num_ranks:
         parser.error(f"--rank is {rank} of {num_ranks} processes; they count from 0")
-    if options.committed:
-        answers = load(COMMITTED)
+    if options.packed is not None:
+        answers = load(options.packed)
         if options.without is not None:
             answers = answers.without(load(options.without))
         chosen = answers.first(round(options.share * len(answers.answers))).answers

@@ -328,6 +328,9 @@ def test_answers_that_a_head_was_trained_on_can_be_left_out(target, whole, tmp_p
     found = FeatureCache(tmp_path / "new", target.hidden_size).answers
     assert len(found) == len(answers) - 5 > 0
     assert not [one for one in found if one in answers[:5]]
+    corpus.main([str(tmp_path / "old"), "--packed", str(seen)])
+    kept = FeatureCache(tmp_path / "old", target.hidden_size).answers
+    assert sorted(kept, key=str) == sorted(answers[:5], key=str)
 
 
 def test_the_command_packs_what_was_answered_with_a_card(whole, tmp_path, monkeypatch):
