@@ -431,5 +431,5 @@ def of_one_set(traces: Sequence[Trace], batch: int) -> list[Trace]:
 
 
 def of_text(prompt_id: str) -> str:
-    """Which text a prompt of `of_one_set` is."""
-    return prompt_id.rpartition(" (")[0]
+    """Which text a prompt is, of `of_one_set` or not."""
+    return prompt_id.rpartition(" (")[0] or prompt_id

@@ -9,6 +9,7 @@ decoded together, or over whole texts; `num_prompts` counts texts, said again or
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -333,23 +334,31 @@ def gains(records: Sequence[Record], method: str, versus: str) -> pd.DataFrame:
     Of all tokens over all seconds, prefill included, on what both decoded, every prompt set
     together; resampled by what was decoded together. One row for each batch size and temperature.
     """
-    sums: dict[tuple[Any, ...], np.ndarray] = {}
-    for record in records:
-        if record.error is None and record.method in (method, versus):
-            own = [record.new_tokens, record.seconds]
-            here = [*own, 0, 0] if record.method == method else [0, 0, *own]
-            key = (record.batch, record.temperature, record.prompts, record.group)
-            sums[key] = sums.get(key, 0) + np.array(here, float)
     rows = []
-    for batch, temperature in dict.fromkeys(key[:2] for key in sums):
-        units = np.array([x for key, x in sums.items() if key[:2] == (batch, temperature)])
-        units = units[(units > 0).all(1)]
+    told = [one for one in records if one.error is None and one.method in (method, versus)]
+    for batch, temperature in dict.fromkeys((one.batch, one.temperature) for one in told):
+        here = [one for one in told if (one.batch, one.temperature) == (batch, temperature)]
+        units, num_texts = _tokens_and_seconds(here, method)
         low, high = interval(_gain(bootstrap(units)))
-        named = {"quantity": "gain", "method": method, "versus": versus, "prompts": ALL}
-        row = named | {"batch": batch, "temperature": temperature, "num_prompts": len(units)}
+        row = {"quantity": "gain", "method": method, "versus": versus, "prompts": ALL}
+        row |= {"batch": batch, "temperature": temperature, "num_prompts": num_texts}
         row |= {"value": float(_gain(units.sum(0))), "value_low": low, "value_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _tokens_and_seconds(records: Sequence[Record], method: str) -> tuple[np.ndarray, int]:
+    """(n, 4) of what both decoded together, the method's and the other's; of how many texts."""
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    texts: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for one in records:
+        own, key = [one.new_tokens, one.seconds], (one.prompts, one.group)
+        here = [*own, 0, 0] if one.method == method else [0, 0, *own]
+        sums[key] = sums.get(key, 0) + np.array(here, float)
+        texts[key].add(of_text(one.prompt_id))
+    shared = [key for key, sum_ in sums.items() if (sum_ > 0).all()]
+    units = np.reshape([sums[key] for key in shared], (-1, 4))
+    return units, len(set().union(*(texts[key] for key in shared)))
 
 
 def _gain(sums: np.ndarray) -> np.ndarray:

@@ -106,6 +106,7 @@ class Run:
                 f"num_prompts is {num_prompts} and max_new_tokens {max_new_tokens};"
                 " give at least 1, or 0 for the tier's"
             )
+        start_at_root()
         self.paper, self.tier_name, self.tier = paper, tier, tier_named(tier)
         self.published = paper_tier.find(target) if tier == "paper" else None
         if dtype == "auto" and self.published:
@@ -421,6 +422,12 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str
 def records_folder(folder: Path, tier: str) -> Path:
     """Where a paper's records of one tier are, below figures/<paper>."""
     return folder / "records" / tier
+
+
+def start_at_root() -> None:
+    """Relative paths start at the repository, but a kernel of Jupyter's beside its notebook."""
+    if Path.cwd() == ROOT / "notebooks":
+        os.chdir(ROOT)
 
 
 def set_aside(records: Path) -> None:

@@ -29,7 +29,8 @@ side. *Not reproduced*: the interval lies on the other side. *Inconclusive*: on 
 none. *Proxy*: measured, but on a target or machine whose absolute numbers cannot be set against the
 paper's. For an ordering, `reported` and `measured` are differences; for a claim without a number of
 the paper's, `reported` is its bound. Intervals resample prompts, or what was decoded as one batch,
-and are widened as Student's t is for few; one or two have none. They hold the seed, the trained
+and are widened as Student's t is for few; one or two have none, and the mean of several sets of two
+need not have one either. They hold the seed, the trained
 head and the hour fixed, and nothing corrects for how many claims are judged."""
 MARK = "<!-- below: written by python -m specrepro readme -->"
 OWN = {  # the method that a paper is about
@@ -88,7 +89,8 @@ def _paper_line(paper: str) -> str:
     """A paper's own method at temperature 0 over several prompt sets, ours beside the paper's."""
     name, about, arxiv = re.fullmatch(r"(.+?): (.+) \((\S+)\)", PAPERS[paper]).groups()
     told = page(paper).relative_to(ROOT)
-    cells = [f"[{name}]({told}): {about} ([{arxiv}](https://arxiv.org/abs/{arxiv}))"]
+    shown = f"; here its {OWN[paper]}" if OWN[paper] != name else ""
+    cells = [f"[{name}]({told}): {about} ([{arxiv}](https://arxiv.org/abs/{arxiv})){shown}"]
     decoded = means(_decoded(paper))
     if decoded.empty:
         return f"| {cells[0]} | {' | '.join(['-'] * 4)} | not measured yet |\n"

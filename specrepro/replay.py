@@ -471,7 +471,8 @@ def agreement(measured: Sequence[Record], predicted: Sequence[Record]) -> pd.Dat
         totals, draws = units.sum(0), bootstrap(units)
         low, high = interval(_ratio(draws.T))
         row = {"quantity": "replay_check", "method": method, "batch": batch}
-        row |= {"temperature": temperature, "prompts": "all", "num_prompts": len(groups)}
+        own = {one.prompt_id for one in measured if _run_of(one) in groups}
+        row |= {"temperature": temperature, "prompts": "all", "num_prompts": len(own)}
         row |= {"tokens_per_second": totals[0] / totals[1], "value": float(_ratio(totals))}
         rows.append(row | {"value_low": low, "value_high": high})
     return pd.DataFrame(rows)
@@ -482,9 +483,14 @@ def _by_run(records: Sequence[Record]) -> dict[tuple[Any, ...], np.ndarray]:
     sums: dict[tuple[Any, ...], np.ndarray] = {}
     for record in records:
         if record.error is None and record.repeat == 0:
-            key = (record.method, record.batch, record.temperature, record.prompts, record.group)
+            key = _run_of(record)
             sums[key] = sums.get(key, 0) + np.array(_rate_parts(record), float)
     return sums
+
+
+def _run_of(record: Record) -> tuple[Any, ...]:
+    """What was decoded together, by whom and how."""
+    return record.method, record.batch, record.temperature, record.prompts, record.group
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

@@ -28,6 +28,15 @@ def tiny_run(tiny_chat_folder, tmp_path, monkeypatch):
     return run
 
 
+def test_a_kernel_that_jupyter_starts_beside_its_notebook_writes_where_the_command_does(
+    tmp_path, monkeypatch
+):
+    for started, paths_start in ((experiment.ROOT / "notebooks", experiment.ROOT), (tmp_path,) * 2):
+        monkeypatch.chdir(started)
+        experiment.Run("eagle3", tier="smoke", figures_dir=tmp_path)
+        assert Path.cwd() == paths_start
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
