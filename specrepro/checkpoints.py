@@ -267,7 +267,11 @@ def export(source: Path, folder: Path, target: Path, name: str = "", num_drafted
         )
     renamed = {key.replace("midlayer.", "layers.0."): t for key, t in tensors.items()}
     renamed["embed_tokens.weight"] = _embedding(target, config["vocab_size"], config["hidden_size"])
-    verifier = {"name_or_path": name or str(target), "architectures": _architectures(target)}
+    about = _config_of(target)
+    verifier = {"name_or_path": name or str(target)}
+    verifier["architectures"] = about.get("architectures", [])
+    if "max_position_embeddings" in about:  # else a reader takes a default of its own
+        config |= {"max_position_embeddings": about["max_position_embeddings"]}
     return save(folder, renamed, _speculators_config(config, verifier, num_drafted))
 
 
@@ -317,10 +321,10 @@ def _layer_config(config: Mapping[str, object]) -> dict[str, object]:
     return kept | rope | eps | fixed
 
 
-def _architectures(target: Path) -> list[str]:
-    """What a target's own config.json says of it."""
+def _config_of(target: Path) -> dict[str, object]:
+    """What a target's own config.json says; nothing where there is none."""
     path = target / CONFIG
-    return json.loads(path.read_text()).get("architectures", []) if path.is_file() else []
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 # --- pickles

@@ -13,6 +13,8 @@ Departs from the paper:
   the decoder layer, H -> H instead of 3H -> H;
 - learning rates go down in a cosine, and training prompts and answers have at most 256 tokens each,
   of ShareGPT and the target's own (paper: of 2048, and UltraChat too);
+- a batch is as many sequences of like length as fit, and its loss a mean over all of its places, so
+  that long answers weigh more; the reference takes the mean of each sequence, one at a time;
 - the loss mask is aligned with the row that decoding starts from (`reference_mask=True` restores
   the released trainer's).
 """

@@ -386,12 +386,17 @@ class Lab:
     # --- drafters
 
     def _trained(self) -> list[Entry]:
-        """The baselines that have a checkpoint for this target, with trees of our size."""
+        """The baselines that have a checkpoint for this target, with trees of our size.
+
+        At tier `paper` EAGLE-2's are as deep as its own checkpoint says: six levels, not eight.
+        """
         if self._remakes:
             for name in TRAINED:
                 self._remake(name)
         tree, entries = asdict(self.load(self.run.target).tree), []
-        sizes = {"eagle2": tree, "medusa": {"total_tokens": tree["total_tokens"]}}
+        alike = {name: tree[name] for name in ("top_k", "total_tokens")}
+        eagle2s = alike if self.run.tier_name == "paper" else tree
+        sizes = {"eagle2": eagle2s, "medusa": {"total_tokens": tree["total_tokens"]}}
         for name in filter(self._is_there, TRAINED):
             folder = self._baseline(name)
             loaders = TRAINED[name](folder, **sizes.get(name, {}))

@@ -283,7 +283,18 @@ def test_a_config_that_asks_for_another_computation_is_refused(field, said):
 def test_fields_that_change_nothing_are_let_pass():
     named = {"rope_scaling": None, "attention_bias": False, "sliding_window": None}
     taps = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 15, 28]}
-    assert head_of(RELEASED | named | {"eagle_config": taps, "rope_theta": 5e5})
+    assert head_of(RELEASED | named | {"eagle_config": taps})
+
+
+def test_positions_turn_as_slowly_as_the_config_says_and_by_10000_where_it_says_nothing():
+    positions = torch.arange(0, 4000, 100)
+    for said, theta in (({}, 10000.0), ({"rope_theta": 5e5}, 5e5)):
+        layer = head_of(RELEASED | said).layer
+        D = layer.config.head_dim
+        angles = positions[:, None] * theta ** -(torch.arange(D // 2, dtype=torch.double) * 2 / D)
+        torch.testing.assert_close(
+            layer.rotary(positions)[0].double(), angles.cos(), rtol=0, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("num_layers", [30, 32, 36, 37, 61, 80])
@@ -357,6 +368,7 @@ def test_an_exported_head_is_the_same_head_under_other_names(deep_target, tmp_pa
     layer = about["transformer_layer_config"]
     assert layer["rope_theta"] == layer["rope_parameters"]["rope_theta"] == 10000.0
     assert (layer["num_hidden_layers"], layer["head_dim"]) == (1, 16)
+    assert layer["max_position_embeddings"] == deep_target.max_context == 512, "the target's"
 
 
 def test_what_cannot_be_exported_is_told_in_one_line(deep_target, tmp_path, capsys):

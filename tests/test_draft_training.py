@@ -123,6 +123,26 @@ def test_rate_of_each_step_is_what_the_optimiser_uses(tmp_path):
     assert torch.allclose(moved, torch.full_like(moved, config.learning_rate / 4), rtol=1e-3)
 
 
+def test_steps_are_adams_with_the_papers_betas_on_gradients_cut_to_half_a_unit(tmp_path):
+    """Section 4 of EAGLE-3: betas (0.9, 0.95), gradients clipped at 0.5."""
+    config = LoopConfig(learning_rate=0.1, warmup_steps=0, total_steps=3, final_fraction=1.0)
+    pull = [torch.tensor([[30.0, 40.0]]), torch.tensor([[0.3, -0.1]]), torch.tensor([[-8.0, 6.0]])]
+
+    module = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    draft_training.train(
+        module, lambda step: pull[step], lambda g: ((module.weight * g).sum(), {}), config,
+        tmp_path, resume=False, score=lambda _: 0.0,
+    )  # fmt: skip
+    weight, m, v = torch.zeros(1, 2), 0.0, 0.0
+    for step, gradient in enumerate(pull, 1):
+        cut = gradient * min(1.0, 0.5 / gradient.norm().item())
+        m, v = 0.9 * m + 0.1 * cut, 0.95 * v + 0.05 * cut.square()
+        unbiased = (m / (1 - 0.9**step), v / (1 - 0.95**step))
+        weight -= 0.1 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    torch.testing.assert_close(module.weight.detach(), weight, rtol=1e-4, atol=1e-5)
+
+
 def soft_cross_entropy_reference(
     states: Tensor, weight: Tensor, teacher: Tensor, rows: Tensor
 ) -> Tensor:

@@ -584,6 +584,34 @@ def test_one_memorised_conversation_is_drafted_to_the_cap(target, memorised):
         assert decode(target, untrained, PROMPT, max_new_tokens=40).tau < 2
 
 
+class FeatureFirst(eagle3.MixingLayer):
+    """Concatenates in the other order."""
+
+    def mixed_input(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        return super().mixed_input(embeddings, features).roll(features.shape[-1], -1)
+
+
+class NormedRecurrence(Drafter):
+    """Goes on from the feature that the output head reads, not from the layer's own."""
+
+    def _expand(self, tokens: Tensor, features: Tensor, *rest: object) -> Tensor:
+        return super()._expand(tokens, self.head.norm(features), *rest)
+
+
+def test_known_mistakes_of_drafting_change_no_word_and_cost_tau(target, memorised):
+    sizes = {"depth": 4, "top_k": 4, "total_tokens": 24}
+    swapped, normed = (
+        drafter_of(memorised, target, kind, **sizes) for kind in (Drafter, NormedRecurrence)
+    )
+    swapped.head.midlayer.__class__ = FeatureFirst
+    honest, *mistaken = (
+        decode(target, one, PROMPT, max_new_tokens=40)
+        for one in (drafter_of(memorised, target, **sizes), swapped, normed)
+    )
+    for run in mistaken:
+        assert run.tokens == honest.tokens and run.tau < honest.tau - 0.5, f"{run.tau:.2f}"
+
+
 class Watched(Drafter):
     """Remembers each round's last feature and the cache before and after drafting."""
 
@@ -820,7 +848,9 @@ def test_official_layout_loads_strictly_with_its_own_defaults(target, tmp_path):
     drafter = Drafter.load(tmp_path, target, TreeConfig(2, 4, 10))
     same = drafter_of(make_head(target), target, depth=2, top_k=4, total_tokens=10)
     expected = begun(same, target, PROMPT).propose()
-    assert torch.equal(begun(drafter, target, PROMPT).propose().parents, expected.parents)
+    found = begun(drafter, target, PROMPT).propose()
+    assert torch.equal(found.parents, expected.parents)
+    assert torch.equal(found.tokens, expected.tokens), "d2t was read otherwise"
 
 
 def test_official_pickle_loads_after_the_conversion(target, tmp_path):

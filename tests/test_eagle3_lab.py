@@ -19,6 +19,7 @@ from specrepro import (
     checkpoints,
     claims,
     draft_training,
+    eagle2,
     eagle3,
     eagle3_figures,
     eagle3_lab,
@@ -336,7 +337,8 @@ def test_the_data_axis_is_relative_to_the_smallest_share(rows):
 def test_a_head_trained_for_long_is_in_its_last_state_and_of_a_budget_of_its_own(rows, workshop):
     card = workshop.card(VARIANTS["eagle3_long"])
     looks = card["held_out_tau_by_step"]
-    assert len(looks) > 1 and card["held_out_tau"] == pytest.approx([*looks.values()][-1], abs=1e-3)
+    taus = [*looks.values()]
+    assert card["held_out_tau"] == pytest.approx(taus[-1], abs=1e-3) != max(taus)
     found = rows[rows["quantity"] == "data_scaling"].set_index("method")["budget"]
     assert set(found.filter(like="EAGLE-3 (").to_numpy()) == {eagle3_lab.LONG}
     assert set(found[["EAGLE-3", "EAGLE-2"]]) == {eagle3_lab.SHARED}
@@ -371,6 +373,16 @@ def test_baselines_draft_trees_of_the_heads_own_size(lab):
     assert drafters["EAGLE"].tree.total_tokens <= own.total_tokens
 
 
+def test_at_tier_paper_eagle_2_is_as_deep_as_its_own_checkpoint_says(lab):
+    """Its released trees have six levels where EAGLE-3's have eight."""
+    found, own = replace(lab, plan=PLAN), lab.load(lab.run.target).tree
+    found.run = copy.copy(lab.run)
+    found.run.tier_name = "paper"
+    tree = {one.method: one.load(lab.run.target) for one in found._trained()}["EAGLE-2"].tree
+    assert tree == replace(own, depth=eagle2.load_head(found._baseline("eagle2"))[1].depth)
+    assert tree.depth != own.depth, "nothing is shown"
+
+
 def test_the_sweep_holds_the_tree_in_use(lab, rows):
     own = lab.load(lab.run.target).tree
     found = rows[rows["quantity"] == "sweep"]
@@ -402,6 +414,7 @@ def test_what_the_target_foretells_of_itself_bounds_the_head_and_tells_no_speed(
     assert found[["speedup", "tokens_per_second"]].isna().all(axis=None), "it is no way to decode"
     tau = found.pivot(index="total_tokens", columns="method", values="tau")
     assert len(tau) == len({*PLAN.sizes, 8}) and (tau[eagle3_lab.ITSELF] >= tau["EAGLE-3"]).all()
+    assert tau[eagle3_lab.ITSELF].min() > 1.2, "nothing was foretold"
 
 
 # --- tiers and single stages
