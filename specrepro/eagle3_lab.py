@@ -270,7 +270,10 @@ class Lab:
         return both.assign(top_k=1, budget=EQUAL)
 
     def data_scaling(self) -> pd.DataFrame:
-        """Rows of quantity "data_scaling", `data_scale` relative to the smallest share."""
+        """Rows of quantity "data_scaling", `data_scale` relative to the smallest share.
+
+        And of quantity "paired_gain": how much more EAGLE-3 gains from data than EAGLE-2.
+        """
         entries = []
         for method in (OURS, "EAGLE-2"):
             base = "eagle3" if method == OURS else "eagle2"
@@ -284,7 +287,8 @@ class Lab:
             entries.append(Entry(f"{OURS} ({LONG})", _tree(folder, name), columns, folder))
         if not entries:
             return pd.DataFrame()
-        return self._measure("data_scaling", entries, ("chat",), (0.0,))[1]
+        records, found = self._measure("data_scaling", entries, ("chat",), (0.0,))
+        return pd.concat([found, _gains_from_data(records, entries)])
 
     def sensitivity(self) -> pd.DataFrame:
         """Rows of quantity "sensitivity": tau by draft vocabulary and training-time-test steps."""
@@ -540,6 +544,17 @@ class Lab:
     ) -> pd.DataFrame:
         found = rows.paired_differences(records, pairs)
         return self._named(found, entries) if len(found) else found
+
+
+def _gains_from_data(records: Sequence[Record], entries: Sequence[Entry]) -> pd.DataFrame:
+    """EAGLE-3's gain from the least data to all of it, less EAGLE-2's, where all four are there."""
+    keys = {(one.method, one.columns["data_scale"]): one.key for one in entries}
+    most = max(SCALES) / min(SCALES)
+    ours, theirs = (
+        tuple(keys.get((method, scale), "") for scale in (most, 1.0))
+        for method in (OURS, "EAGLE-2")
+    )
+    return rows.paired_gains(records, ours, theirs).assign(method=OURS, versus="EAGLE-2")
 
 
 def _tree(folder: Path, variant: str = "eagle3", tree: TreeConfig | None = None) -> Load:

@@ -379,9 +379,34 @@ def paired_differences(
     )
 
 
+def paired_gains(
+    records: Sequence[Record], gain: tuple[str, str], versus: tuple[str, str]
+) -> pd.DataFrame:
+    """How much more lies between the two methods of `gain` than between those of `versus`.
+
+    Each a method and what it is held against; on the prompts that all four finished. Rows of
+    quantity "paired_gain", otherwise like those of `paired_differences`.
+    """
+    names, found = {*gain, *versus}, []
+    for _, part in _lines(records).groupby(SLICE, sort=False):
+        if not names <= set(part["method"]):
+            continue
+        lines = _finished(part, names | {AUTOREGRESSIVE})
+        of = {name: _measure(lines, part, name) for name in names}
+        first, second = (_less(of[ours], of[theirs]) for ours, theirs in (gain, versus))
+        case = _less(first, second)
+        named = case.named | {"quantity": "paired_gain"}
+        found += [named | {"metric": one} | _value_row(case, one) for one in ("tau", "speedup")]
+    return pd.DataFrame(found)
+
+
 def _difference(part: pd.DataFrame, method: str, versus: str) -> _Measured:
     lines = _finished(part, {method, versus, AUTOREGRESSIVE})
-    one, other = (_measure(lines, part, name) for name in (method, versus))
+    return _less(*(_measure(lines, part, name) for name in (method, versus)))
+
+
+def _less(one: _Measured, other: _Measured) -> _Measured:
+    """What one has more than the other, measured on the same prompts."""
     values = {name: one.values[name] - other.values[name] for name in METRICS}
 
     def draws(errors: float) -> dict[str, np.ndarray]:
@@ -389,7 +414,8 @@ def _difference(part: pd.DataFrame, method: str, versus: str) -> _Measured:
         return {name: ours[name] - theirs[name] for name in METRICS}
 
     counts = {"num_prompts": one.counts["num_prompts"]}
-    return _Measured(one.named | {"versus": versus}, values, draws, counts, one.degrees)
+    named = one.named | {"versus": other.named["method"]}
+    return _Measured(named, values, draws, counts, one.degrees)
 
 
 def _value_row(case: _Measured, metric: str) -> dict[str, Any]:

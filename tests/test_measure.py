@@ -366,6 +366,24 @@ def test_paired_difference_is_tighter_than_two_intervals_apart() -> None:
     assert len(chosen) == 1 and (chosen["quantity"] == "paired_difference").all()
 
 
+def test_a_gain_less_another_gain_is_paired_over_the_prompts_of_all_four() -> None:
+    base = simulated(3)
+    ours = [r for r in base if r.method == "M"]
+    records = list(base)
+    for name, seconds in (("M+", 0.8), ("N", 1.0), ("N+", 0.9)):
+        records += [record(name, r.prompt_id, r.accepted, r.seconds * seconds) for r in ours]
+    (tau, speedup) = rows.paired_gains(records, ("M+", "M"), ("N+", "N")).to_dict("records")
+    assert (tau["metric"], tau["value"], tau["quantity"]) == ("tau", 0.0, "paired_gain")
+    of = table(records)["speedup"]
+    gain, other = (of[f"{m}+", "chat"] - of[m, "chat"] for m in "MN")
+    assert speedup["value"] == pytest.approx(gain - other)
+    assert 0 < speedup["value_low"] < speedup["value"] < speedup["value_high"]
+    fewer = [r for r in records if r.method != "N" or r.prompt_id != ours[0].prompt_id]
+    found = rows.paired_gains(fewer, ("M+", "M"), ("N+", "N"))
+    assert (found["num_prompts"] == len(ours) - 1).all(), "a prompt that one lacks counts for none"
+    assert rows.paired_gains(base, ("M+", "M"), ("N+", "N")).empty
+
+
 def test_acceptance_at_a_depth_is_given_that_those_above_were_accepted() -> None:
     rounds = [0, 3, 2], [1, 3], [3, 0, 1]
     records = [record("M", f"q{i}", accepted, 1.0) for i, accepted in enumerate(rounds)]
