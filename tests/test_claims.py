@@ -399,7 +399,7 @@ def test_the_eagle3_claims_load_and_cover_table_1():
 
 def test_the_eagle3_claims_ask_only_for_columns_that_rows_have():
     columns = set(SETTING) | {"quantity", "batch", "dtype", "depth", "top_k", "engine"}
-    columns |= {"data_scale", "budget", "shape"}
+    columns |= {"data_scale", "budget", "shape", "versus", "metric"}
     asked = {column for one in claims.load("eagle3") for column in [*one.setting, *one.versus]}
     assert asked <= columns
 
