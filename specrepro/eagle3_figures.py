@@ -78,9 +78,11 @@ def data_scaling(rows: pd.DataFrame, reported: Reported = None) -> Figure:
 
 
 def throughput(rows: pd.DataFrame, reported: Reported = None) -> Figure:
-    """Speedup and throughput by batch size, of chains of 3 and of trees."""
+    """Speedup and throughput by batch size, of chains of 3 and of trees, EAGLE's named so."""
     ours = _of_quantity(rows, "throughput", ["method", "batch", "speedup"])
-    ours = ours.assign(shape=ours["shape"].fillna("no draft"))
+    is_eagle = ours["method"] == "EAGLE"
+    shape = ours["shape"].where(~is_eagle, "EAGLE, " + ours["shape"].astype(str))
+    ours = ours.assign(shape=shape.fillna("no draft"))
     theirs = _of_table(reported, "SGLang batch table")
     if theirs is not None:  # beyond what is measured here there is nothing to compare
         theirs = theirs[theirs["batch"] <= ours["batch"].max()]

@@ -111,6 +111,7 @@ STAGES = (
     "sweep", "papers_tree", "headroom", "training", "audit_greedy", "audit_sampled",
 )  # fmt: skip
 AUDITS = STAGES[-2:]
+ALIKE_CHAIN = "chain of 3, trained alike"
 ALIKE = ("ablation", "ablation_by_depth", "data_scaling", "sensitivity")  # the committed head aside
 FEWEST_BATCHES = 3  # of more than one sequence: an interval wants as many
 PLANS = {
@@ -307,18 +308,36 @@ class Lab:
         return pd.DataFrame(parts).assign(budget=EQUAL)
 
     def throughput(self) -> pd.DataFrame:
-        """Rows of quantity "throughput": chains of 3, as serving engines draft, and the tree."""
+        """Rows of quantity "throughput": chains of 3, as serving engines draft, and the tree.
+
+        With EAGLE's chains beside EAGLE-3's, of heads of one budget, where the tier has such heads.
+        """
         chain = TreeConfig(depth=2, top_k=1, total_tokens=4)
+        alike = self._alike_chains(chain) if "ablation" in self.plan.measures else []
         entries = [
             Entry(OURS, _tree(self.checkpoint, tree=chain), {"shape": "chain of 3"}),
             Entry(OURS, self.load, {"shape": "tree"}),
+            *alike,
         ]
-        tables = [
-            self._measure("throughput", entries, ("chat",), (0.0,), batch=batch)[1]
-            for batch in self.plan.batches
-            if batch <= self.run.num_prompts
-        ]
+        tables = []
+        for batch in (size for size in self.plan.batches if size <= self.run.num_prompts):
+            records, found = self._measure("throughput", entries, ("chat",), (0.0,), batch=batch)
+            tables += [found, self._paired(records, [tuple(one.key for one in alike)], entries)]
         return pd.concat(tables)
+
+    def _alike_chains(self, chain: TreeConfig) -> list[Entry]:
+        """EAGLE-3's and EAGLE's, in this order."""
+        found = self._same_budget(self._folders({"eagle3": OURS, "eagle2": "EAGLE"}))
+        return [
+            Entry(
+                method,
+                _tree(found[name], name, chain),
+                self._budget_of(name) | {"shape": ALIKE_CHAIN},
+                found[name],
+            )
+            for name, method in (("eagle3", OURS), ("eagle2", "EAGLE"))
+            if len(found) == 2
+        ]
 
     def sweep(self) -> pd.DataFrame:
         """Rows of quantity "sweep": the tree's depth, width and size, and the tree in use."""

@@ -259,6 +259,17 @@ def test_batches_are_enough_for_an_interval(rows):
     assert (found["num_prompts"] == 6).all() and found["speedup_low"].notna().all()
 
 
+def test_eagles_chains_stand_beside_eagle_3s_of_one_budget_at_every_batch(rows):
+    found = rows[(rows["stage"] == "throughput") & (rows["shape"] == eagle3_lab.ALIKE_CHAIN)]
+    timed = found[found["quantity"] == "throughput"]
+    for _, of_batch in timed.groupby("batch"):
+        assert set(of_batch["method"]) == {"EAGLE-3", "EAGLE"}
+        assert of_batch["trained_positions"].nunique() == 1
+    pairs = found[found["quantity"] == "paired_difference"]
+    assert set(pairs["batch"]) == set(timed["batch"])
+    assert set(zip(pairs["method"], pairs["versus"], strict=True)) == {("EAGLE-3", "EAGLE")}
+
+
 def test_rows_of_heads_trained_alike_are_not_the_committed_heads(rows):
     is_alike = rows["stage"].isin(eagle3_lab.ALIKE)
     assert rows[is_alike]["checkpoint"].isna().all() and is_alike.any()
