@@ -313,7 +313,9 @@ class Lab:
         With EAGLE's chains beside EAGLE-3's, of heads of one budget, where the tier has such heads.
         """
         chain = TreeConfig(depth=2, top_k=1, total_tokens=4)
-        alike = self._alike_chains(chain) if "ablation" in self.plan.measures else []
+        alike = []
+        if "ablation" in self.plan.measures:
+            alike = self._alike({"eagle3": OURS, "eagle2": "EAGLE"}, chain, shape=ALIKE_CHAIN)
         entries = [
             Entry(OURS, _tree(self.checkpoint, tree=chain), {"shape": "chain of 3"}),
             Entry(OURS, self.load, {"shape": "tree"}),
@@ -324,20 +326,6 @@ class Lab:
             records, found = self._measure("throughput", entries, ("chat",), (0.0,), batch=batch)
             tables += [found, self._paired(records, [tuple(one.key for one in alike)], entries)]
         return pd.concat(tables)
-
-    def _alike_chains(self, chain: TreeConfig) -> list[Entry]:
-        """EAGLE-3's and EAGLE's, in this order."""
-        found = self._same_budget(self._folders({"eagle3": OURS, "eagle2": "EAGLE"}))
-        return [
-            Entry(
-                method,
-                _tree(found[name], name, chain),
-                self._budget_of(name) | {"shape": ALIKE_CHAIN},
-                found[name],
-            )
-            for name, method in (("eagle3", OURS), ("eagle2", "EAGLE"))
-            if len(found) == 2
-        ]
 
     def sweep(self) -> pd.DataFrame:
         """Rows of quantity "sweep": the tree's depth, width and size, and the tree in use."""
@@ -487,10 +475,12 @@ class Lab:
     def _features(self) -> Path:
         return recipes.features_of(self.run.target, self.run.work.parent / "features")
 
-    def _alike(self, names: Mapping[str, str]) -> list[Entry]:
-        """Variants that draft dynamic trees, which must have had one budget."""
+    def _alike(
+        self, names: Mapping[str, str], tree: TreeConfig | None = None, **columns: object
+    ) -> list[Entry]:
+        """Variants that draft trees of their own, or one, which must have had one budget."""
         return [
-            Entry(names[name], _tree(folder, name), self._budget_of(name), folder)
+            Entry(names[name], _tree(folder, name, tree), self._budget_of(name) | columns, folder)
             for name, folder in self._same_budget(self._folders(names)).items()
         ]
 

@@ -30,8 +30,8 @@ none. *Proxy*: measured, but on a target or machine whose absolute numbers canno
 paper's. For an ordering, `reported` and `measured` are differences; for a claim without a number of
 the paper's, `reported` is its bound. Intervals resample prompts, or what was decoded as one batch,
 and are widened as Student's t is for few; one or two have none, and the mean of several sets of two
-need not have one either. They hold the seed, the trained
-head and the hour fixed, and nothing corrects for how many claims are judged."""
+need not have one either. They hold the seed, the trained head and the hour fixed, and nothing
+corrects for how many claims are judged."""
 MARK = "<!-- below: written by python -m specrepro readme -->"
 OWN = {  # the method that a paper is about
     "eagle3": "EAGLE-3", "cast": "CAST", "gto": "GTO", "fasteagle": "FastEagle",

@@ -466,7 +466,7 @@ def agreement(measured: Sequence[Record], predicted: Sequence[Record]) -> pd.Dat
     shared = [key for key in sides[0] if key in sides[1]]
     rows = []
     for method, batch, temperature in dict.fromkeys(key[:3] for key in shared):
-        groups = [key for key in shared if key[:3] == (method, batch, temperature)]
+        groups = dict.fromkeys(key for key in shared if key[:3] == (method, batch, temperature))
         units = np.array([[*sides[0][key], *sides[1][key]] for key in groups], float)
         totals, draws = units.sum(0), bootstrap(units)
         low, high = interval(_ratio(draws.T))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -275,6 +277,9 @@ def test_a_gain_is_the_ratio_of_rates_less_one():
     (row,) = cast_rows.gains(records, "a", "b").to_dict("records")
     assert [row[name] for name in ("value", "value_low", "value_high")] == pytest.approx([0.5] * 3)
     assert row["num_prompts"] == 3, "a prompt that one of them lacks counts for neither"
+    records += [replace(one, prompt_id="other") for one in records if one.group == "2"]
+    (row,) = cast_rows.gains(records, "a", "b").to_dict("records")
+    assert row["num_prompts"] == 4, "of two decoded together both count"
 
 
 def test_choices_are_shares_of_rounds_and_of_levels():

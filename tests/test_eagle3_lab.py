@@ -343,6 +343,10 @@ def test_the_data_axis_is_relative_to_the_smallest_share(rows):
         mine = found[found["method"] == method].sort_values("data_scale")
         assert mine["data_scale"].tolist() == [1, 2, 4, 8]
         assert mine["trained_tokens"].is_monotonic_increasing
+    (more,) = rows[(rows["quantity"] == "paired_gain") & (rows["metric"] == "tau")]["value"]
+    tau = found.set_index(["method", "data_scale"])["tau"]
+    gains = [tau[method, 8] - tau[method, 1] for method in ("EAGLE-3", "EAGLE-2")]
+    assert more == pytest.approx(gains[0] - gains[1])
 
 
 def test_a_head_trained_for_long_is_in_its_last_state_and_of_a_budget_of_its_own(rows, workshop):

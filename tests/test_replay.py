@@ -228,6 +228,9 @@ def test_agreement_is_predicted_over_measured_with_prefill_left_out(traces):
     assert row["value_low"] == pytest.approx(1.25) == row["value_high"]
     others = [replace(one, method="another") for one in predicted]
     assert replay.agreement(measured, others).empty
+    in_twos = replay.replay(traces, TreeConfig(2, 5, 12), table_of(), method="CAST", batch=2)
+    (row,) = replay.agreement(in_twos, in_twos).to_dict("records")
+    assert row["num_prompts"] == len(traces), "prompts, not batches"
 
 
 def test_traces_are_kept_and_read_back(traces, tmp_path):
