@@ -239,7 +239,7 @@ class _Batch:
     It stays on the device: a round reads back `progress` and nothing else of it.
     """
 
-    tokens: Tensor  # (B, 1 + longest limit); the last column takes what is cut
+    tokens: Tensor  # (B, 1 + longest limit), of which `num_new` are real; the last one never is
     limits: Tensor  # (B,) most new tokens of each sequence
     num_new: Tensor  # (B,)
     is_done: Tensor  # (B,) bool
@@ -262,11 +262,11 @@ class _Batch:
         is_stop = torch.isin(emitted, stop_ids) & (places < counts[:, None])
         before_stop = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, counts)
         counts = torch.minimum(before_stop, self.limits[rows] - self.num_new[rows])
-        is_kept = places < counts[:, None]
-        slots = (self.num_new[rows][:, None] + places).where(is_kept, self.tokens.shape[1] - 1)
-        self.tokens[rows[:, None], slots] = emitted
+        slots = (self.num_new[rows][:, None] + places).clamp_max(self.tokens.shape[1] - 1)
+        self.tokens[rows[:, None], slots] = emitted  # what is cut lies beyond `num_new`
         self.num_new[rows] += counts
         is_full = self.num_new[rows] == self.limits[rows]
+        is_kept = places < counts[:, None]
         self.is_done[rows] = (is_stop & is_kept).any(1) | is_full
 
     def count(self, rows: Tensor, accepted: Tensor, drafted: Tensor) -> None:

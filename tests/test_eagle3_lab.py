@@ -14,6 +14,7 @@ import torch
 from drafter_cases import RECIPE, small_corpus, world_of
 from matplotlib.figure import Figure
 from test_eagle3 import make_head
+from test_measure import record
 
 from specrepro import (
     checkpoints,
@@ -216,7 +217,7 @@ def test_two_processes_never_train_the_same_variant(workshop, answers, tmp_path,
 def test_every_stage_draws_and_the_papers_values_are_hollow_marks(lab, rows):
     reported = claims.reported("eagle3").query("model == 'Llama-3.1-8B'")
     assert eagle3_figures.DRAWINGS.keys() == set(DRAWN)
-    hollow = {}
+    hollow, places = {}, {}
     for stage, (name, draw) in eagle3_figures.DRAWINGS.items():
         figure = draw(rows, reported)
         assert isinstance(figure, Figure), name
@@ -225,7 +226,9 @@ def test_every_stage_draws_and_the_papers_values_are_hollow_marks(lab, rows):
         lines = [line for axes in figure.axes for line in axes.lines]
         marks = [line.get_ydata() for line in lines if line.get_markerfacecolor() == "none"]
         hollow[stage] = {round(float(y), 2) for mark in marks for y in mark}
+        places[stage] = {label.get_text() for axes in drawn for label in axes.get_xticklabels()}
     assert {3.82, 5.37, 4.40, 6.13} <= hollow["ablation"], "Table 2's chat"
+    assert places["ablation"] == {"chat", "maths", "mean"}
     assert {3.7, 4.4, 5.2, 6.1} <= hollow["data_scaling"]
     assert 1.81 in hollow["throughput"] and 1.38 not in hollow["throughput"], "only up to batch 2"
 
@@ -343,10 +346,22 @@ def test_the_data_axis_is_relative_to_the_smallest_share(rows):
         mine = found[found["method"] == method].sort_values("data_scale")
         assert mine["data_scale"].tolist() == [1, 2, 4, 8]
         assert mine["trained_tokens"].is_monotonic_increasing
-    (more,) = rows[(rows["quantity"] == "paired_gain") & (rows["metric"] == "tau")]["value"]
-    tau = found.set_index(["method", "data_scale"])["tau"]
-    gains = [tau[method, 8] - tau[method, 1] for method in ("EAGLE-3", "EAGLE-2")]
-    assert more == pytest.approx(gains[0] - gains[1])
+    assert set(rows.loc[rows["quantity"] == "paired_gain", "metric"]) == {"tau", "speedup"}
+
+
+def test_the_gain_from_data_is_that_of_all_of_it_beyond_eagle_2s():
+    accepted = {("EAGLE-3", 1): 1, ("EAGLE-3", 8): 3, ("EAGLE-2", 1): 1, ("EAGLE-2", 8): 2}
+    columns = [{"data_scale": float(scale), "variant": f"{scale}"} for _, scale in accepted]
+    entries = [
+        eagle3_lab.Entry(method, eagle3.DRAFTERS["EAGLE-3"], column)
+        for (method, _), column in zip(accepted, columns, strict=True)
+    ]
+    told = {one.key: num for one, num in zip(entries, accepted.values(), strict=True)}
+    told[AUTOREGRESSIVE] = 0
+    records = [record(key, f"q{i}", [num] * 3, 1.0) for key, num in told.items() for i in range(3)]
+    found = eagle3_lab._gains_from_data(records, entries).set_index("metric")
+    assert found.loc["tau", "value"] == pytest.approx((4 - 2) - (3 - 2))
+    assert eagle3_lab._gains_from_data(records, entries[1:]).empty
 
 
 def test_a_head_trained_for_long_is_in_its_last_state_and_of_a_budget_of_its_own(rows, workshop):
